@@ -1,0 +1,201 @@
+"""The cpu backend: torch's own fused CPU kernel, called with cached lists and the schedule's host closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hyperparameters import Hyperparameters, same_layout
+from .engine import DevicesChanged, Engine
+from .launch import recorders
+
+
+@dataclass
+class Batch:
+    """Tensors of one group, parameter dtype and gradient layout: the lists of one call of torch's kernel."""
+
+    group_index: int
+    indices: list[int]
+    params: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    # The gradients must be copied into the parameters' dtype and layout first.
+    converts: bool
+    is_complex: bool
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """This batch's gradients, as torch's kernel wants them."""
+        own: list[Any] = [grads[index] for index in self.indices]
+        if self.converts:
+            own = [torch.empty_like(param).copy_(grad) for param, grad in zip(self.params, own, strict=True)]
+        return own
+
+
+@dataclass
+class CpuPlan:
+    """The batches of a step, and the steps of all their tensors."""
+
+    batches: list[Batch]
+    # None: all of the engine's tensors are updated, and the mirror counts in one call.
+    steps: list[Tensor] | None
+
+
+class CpuEngine(Engine[CpuPlan]):
+    """Steps parameters on the CPU. Arguments as for `Engine`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        num_groups = len(self.hyperparameters)
+        self.live_lr = torch.zeros(num_groups, dtype=torch.float64)
+        self.live_beta1 = torch.zeros(num_groups, dtype=torch.float64)
+        # Writes through numpy cost a tenth of a torch call.
+        self._live_lr, self._live_beta1 = self.live_lr.numpy(), self.live_beta1.numpy()
+        self._grads: list[Tensor | None] = []
+        self._evaluate()
+        self._applied = self._next
+
+    def _evaluate(self) -> None:
+        """Evaluates every group's schedule at the present step, for the next update."""
+        step = self.host_step
+        self._next = [
+            (float(h.lr), h.beta1) if h.schedule is None else _scheduled(h, step) for h in self.hyperparameters
+        ]
+        for index, (lr, beta1) in enumerate(self._next):
+            self._live_lr[index] = lr
+            self._live_beta1[index] = beta1
+
+    def build_plan(self, grads: Sequence[Tensor | None]) -> CpuPlan:
+        """Sorts the tensors into batches. See `Engine.build_plan`."""
+        batches: dict[Any, list[int]] = {}
+        active = [index for index, grad in enumerate(grads) if grad is not None]
+        for index in active:
+            record, grad = self.records[index], grads[index]
+            assert grad is not None
+            if grad.numel():
+                param = record.param
+                converts = grad.dtype != param.dtype or not same_layout(grad, param) or grad.is_conj() or grad.is_neg()
+                batches.setdefault((record.group_index, param.dtype, converts), []).append(index)
+        return CpuPlan(
+            [self._batch(group_index, indices, converts) for (group_index, _, converts), indices in batches.items()],
+            None if len(active) == len(self.records) else [self.step_mirror[index] for index in active],
+        )
+
+    def _batch(self, group_index: int, indices: list[int], converts: bool) -> Batch:
+        params = [self.params[index] for index in indices]
+        is_complex = params[0].is_complex()
+        as_real = torch.view_as_real if is_complex else _same
+
+        def moments(key: str) -> list[Tensor]:
+            return [as_real(self.state[param][key]) for param in params]
+
+        return Batch(
+            group_index,
+            indices,
+            params,
+            moments("exp_avg"),
+            moments("exp_avg_sq"),
+            moments("max_exp_avg_sq") if self.hyperparameters[group_index].amsgrad else [],
+            [self.step_mirror[index] for index in indices],
+            converts,
+            is_complex,
+        )
+
+    def prepare(self) -> None:
+        """See `Engine.prepare`."""
+        if self.params and self.params[0].device != self.device:
+            raise DevicesChanged
+        if recorders:
+            raise RuntimeError("record_launches() records kernels, and the cpu backend launches none")
+        self._grads = [param.grad for param in self.params]
+        self.plan_for(self._grads)
+
+    def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See `Engine.launch`."""
+        grads, self._grads = self._grads, []
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        plan = self._plan
+        assert plan is not None
+        if plan.steps is None:
+            self.step_mirror.add_(1)
+        elif plan.steps:
+            torch._foreach_add_(plan.steps, 1)
+        for batch in plan.batches:
+            self._update(batch, batch.gradients(grads), grad_scale)
+        self.tick()
+
+    def _update(self, batch: Batch, grads: list[Tensor], grad_scale: Tensor | None) -> None:
+        h = self.hyperparameters[batch.group_index]
+        lr, beta1 = self._next[batch.group_index]
+        params = batch.params
+        if batch.is_complex:
+            params, grads = [torch.view_as_real(p) for p in params], [torch.view_as_real(g) for g in grads]
+        function = torch._fused_adamw_ if h.decoupled_weight_decay else torch._fused_adam_
+        function(
+            params,
+            grads,
+            batch.exp_avgs,
+            batch.exp_avg_sqs,
+            batch.max_exp_avg_sqs,
+            batch.steps,
+            # A tensor lr counts as it is now, which the last evaluation cannot know.
+            lr=float(h.lr) if h.schedule is None else lr,
+            beta1=beta1,
+            beta2=h.beta2,
+            weight_decay=h.weight_decay,
+            eps=h.eps,
+            amsgrad=h.amsgrad,
+            maximize=h.maximize,
+            grad_scale=grad_scale,
+        )
+
+    def tick(self) -> None:
+        """See `Engine.tick`."""
+        self.host_step += 1
+        self._applied = self._next
+        self._evaluate()
+
+    def set_hyperparameters(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """See `Engine.set_hyperparameters`."""
+        if [h.amsgrad for h in hyperparameters] != [h.amsgrad for h in self.hyperparameters]:
+            self.drop_plans()
+        self.hyperparameters = list(hyperparameters)
+        self._evaluate()
+
+    def read_lr_and_beta1(self, group_index: int, applied: bool) -> tuple[float, float]:
+        """See `Engine.read_lr_and_beta1`."""
+        return (self._applied if applied else self._next)[group_index]
+
+    def get_schedule_step(self) -> int:
+        """See `Engine.get_schedule_step`."""
+        return self.host_step
+
+    def set_schedule_step(self, step: int) -> None:
+        """See `Engine.set_schedule_step`."""
+        self.host_step = step
+        self._evaluate()
+
+    def get_update_steps(self) -> list[int]:
+        """See `Engine.get_update_steps`."""
+        return [int(step) for step in self.step_mirror.tolist()]
+
+    def set_update_steps(self, steps: Sequence[int]) -> None:
+        """See `Engine.set_update_steps`."""
+        self.step_mirror.copy_(torch.tensor(list(steps), dtype=torch.float32))
+
+
+def _scheduled(hyperparameters: Hyperparameters, step: int) -> tuple[float, float]:
+    schedule = hyperparameters.schedule
+    assert schedule is not None
+    lr, momentum = schedule.lr_and_momentum(step)
+    return lr, momentum if schedule.cycle_momentum else hyperparameters.beta1
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,218 @@
+"""What the backends share: the tensors of one device, their Adam state, and which of them a step updates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..hyperparameters import Hyperparameters, check_gradient, same_layout
+from ..watched import OptimizerState
+
+Plan = TypeVar("Plan")
+
+# Sets of gradients whose plans are kept; a training loop has one or a few.
+MAX_PLANS = 32
+
+
+class TensorRecord(NamedTuple):
+    """One parameter: what it is called in messages, and its group."""
+
+    name: str
+    param: Tensor
+    group_index: int
+
+
+class DevicesChanged(Exception):
+    """A parameter has left this engine's device; the optimizer must sort its parameters anew."""
+
+
+def moment_names(amsgrad: bool) -> tuple[str, ...]:
+    """Keys of the state tensors that have the parameter's shape."""
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+
+
+class Engine(ABC, Generic[Plan]):
+    """Runs the steps of all parameters on one device, and their schedule's clock.
+
+    Args:
+        device: Where the parameters are.
+        records: The parameters, in the order of ``optimizer.param_groups``.
+        state: ``optimizer.state``.
+        hyperparameters: One entry per param group, also of groups with no parameter here.
+        schedule_step: Where the clock starts.
+        update_steps: Updates each parameter got so far.
+    """
+
+    # float64[num_groups], live: what the next step applies.
+    live_lr: Tensor
+    live_beta1: Tensor
+    # A step of this engine has been captured or recorded: replays tick the clock, and nothing else may.
+    captured = False
+
+    def __init__(
+        self,
+        device: torch.device,
+        records: Sequence[TensorRecord],
+        state: OptimizerState,
+        hyperparameters: Sequence[Hyperparameters],
+        schedule_step: int,
+        update_steps: Sequence[int],
+    ) -> None:
+        self.device = device
+        self.records = list(records)
+        self.params = [record.param for record in records]
+        self.state = state
+        # The clock as far as the host knows it: replays and skips happen behind its back.
+        self.host_step = schedule_step
+        self.hyperparameters = list(hyperparameters)
+        # Updates per tensor as users see them, ``state[p]["step"]``, each a 0-dim view.
+        self.step_mirror = torch.tensor(list(update_steps), dtype=torch.float32, device=device)
+        for view, param in zip(self.step_mirror, self.params, strict=True):
+            if state.get(param):
+                dict.__setitem__(state[param], "step", view)
+        # Grads may change dtype from step to step only where a parameter's grad_dtype allows it.
+        self._grad_dtypes_vary = any(getattr(param, "grad_dtype", param.dtype) is None for param in self.params)
+        self.drop_plans()
+
+    # What a backend provides.
+    @abstractmethod
+    def build_plan(self, grads: Sequence[Tensor | None]) -> Plan:
+        """Plans the update of the parameters whose gradient is not None."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Readies the next launch. Every error a user can cause is raised here, before anything has changed."""
+
+    @abstractmethod
+    def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Updates what `prepare` found, and ticks; nothing at all where ``found_inf`` is not 0."""
+
+    @abstractmethod
+    def tick(self) -> None:
+        """Advances the schedule alone."""
+
+    @abstractmethod
+    def set_hyperparameters(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """Takes new hyperparameters and schedules, in place."""
+
+    @abstractmethod
+    def read_lr_and_beta1(self, group_index: int, applied: bool) -> tuple[float, float]:
+        """The present values of a group: what the last step applied, or what the next one will."""
+
+    @abstractmethod
+    def get_schedule_step(self) -> int:
+        """Reads the clock."""
+
+    @abstractmethod
+    def set_schedule_step(self, step: int) -> None:
+        """Sets the clock, in place."""
+
+    @abstractmethod
+    def get_update_steps(self) -> list[int]:
+        """Reads how many updates each parameter got."""
+
+    @abstractmethod
+    def set_update_steps(self, steps: Sequence[int]) -> None:
+        """Sets how many updates each parameter got, in place."""
+
+    def get_schedule_exhausted(self) -> bool:
+        """Whether a tabulated scale_fn has no value left for the next step."""
+        return False
+
+    def retire(self) -> None:
+        """Makes launches that were captured from this engine do nothing, since another engine takes its place."""
+
+    # What they share.
+    def drop_plans(self) -> None:
+        """Forgets all plans: the state tensors may be others than before."""
+        self._plans: dict[Any, Plan] = {}
+        self._layout: list[Any] | None = None
+        self._plan: Plan | None = None
+
+    def plan_for(self, grads: Sequence[Tensor | None]) -> Plan:
+        """The plan for these gradients: the last one, one from the cache, or a new one.
+
+        Args:
+            grads: One entry per parameter; None where it has none.
+
+        Raises:
+            RuntimeError: A gradient cannot update its parameter; the message names it.
+            DevicesChanged: A parameter has moved.
+        """
+        layout: list[Any] | None
+        try:
+            layout = [g if g is None else g.stride() for g in grads]
+        except RuntimeError:
+            # Sparse tensors have no strides; the checks below name them.
+            layout = None
+        if layout is not None and self._grad_dtypes_vary:
+            layout += [g if g is None else g.dtype for g in grads]
+        if self._plan is not None and layout == self._layout:
+            return self._plan
+
+        key = None if layout is None else tuple(layout)
+        plan = None if key is None else self._plans.get(key)
+        if plan is None:
+            if any(param.device != self.device for param in self.params):
+                raise DevicesChanged
+            active = [(record, grad) for record, grad in zip(self.records, grads, strict=True) if grad is not None]
+            for record, grad in active:
+                check_gradient(record.name, record.param, grad)
+                self.check_state(record)
+            for index, grad in enumerate(grads):
+                if grad is not None:
+                    self.prepare_state(index)
+            plan = self.build_plan(grads)
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = plan
+        self._layout, self._plan = layout, plan
+        return plan
+
+    def check_state(self, record: TensorRecord) -> None:
+        """Checks state tensors that a user may have put in place.
+
+        Raises:
+            ValueError: One is of no use; the message names it.
+        """
+        state = self.state.get(record.param) or {}
+        for key in moment_names(self.hyperparameters[record.group_index].amsgrad):
+            value = state.get(key)
+            if value is not None and getattr(value, "shape", None) != record.param.shape:
+                raise ValueError(
+                    f"state[{key!r}] of {record.name} must be a tensor of shape {tuple(record.param.shape)}, got "
+                    f"{tuple(value.shape) if isinstance(value, Tensor) else repr(value)}"
+                )
+
+    def prepare_state(self, index: int) -> None:
+        """Creates the state tensors that a parameter lacks; gives the others its dtype, device and layout."""
+        record = self.records[index]
+        param, state = record.param, self.state[record.param]
+        # Written past the watch: these are the engine's own doing and no news to it.
+        if "step" not in state:
+            dict.__setitem__(state, "step", self.step_mirror[index])
+        for key in moment_names(self.hyperparameters[record.group_index].amsgrad):
+            value = state.get(key)
+            if value is None:
+                value = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+            elif value.dtype != param.dtype or value.device != param.device or not same_layout(value, param):
+                value = torch.empty_like(param, requires_grad=False).copy_(value)
+            dict.__setitem__(state, key, value)
+
+    def adopt_state(self) -> None:
+        """Takes over what a user wrote into ``optimizer.state``: steps at once, moments when they are next used."""
+        steps = self.get_update_steps()
+        for index, (view, param) in enumerate(zip(self.step_mirror, self.params, strict=True)):
+            state = self.state.get(param)
+            step = state.get("step") if state else None
+            if step is None:
+                steps[index] = 0
+            elif not (isinstance(step, Tensor) and step.data_ptr() == view.data_ptr()):
+                steps[index] = int(step)
+                dict.__setitem__(state, "step", view)
+        self.set_update_steps(steps)
+        self.drop_plans()

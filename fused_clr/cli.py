@@ -1,0 +1,137 @@
+"""The command line: ``fused-clr demo`` and ``fused-clr plot``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fused_clr.schedules import Cyclic
+
+# One float64 for each step is held in memory and drawn.
+MOST_STEPS = 10_000_000
+
+# What the commands import beyond the package's own dependencies.
+OPTIONAL_MODULES = {"matplotlib", "sklearn", "tqdm"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: What follows the program's name; the process's own arguments when absent.
+
+    Returns:
+        The exit code: 0, or 1 with a message when a needed package is missing or a file cannot be written.
+
+    Raises:
+        SystemExit: With code 2 and a message that names the argument, when one is wrong.
+
+    Example:
+        >>> main(["plot", "--mode", "triangular2", "--step-size-up", "500", "--out", "out/curve.png"])  # doctest: +SKIP
+        0
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in OPTIONAL_MODULES:
+            raise
+        print(f"fused-clr: {module} is not installed; pip install 'fused-clr[{options.extra}]'", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"fused-clr: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="fused-clr", description="Adam and the cyclical learning rate in one launch.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="torch's Adam and CyclicLR against ours", formatter_class=formatter)
+    demo.add_argument("--device", type=_device, default="auto", help="auto, or what torch.device takes")
+    demo.add_argument("--schedule-epochs", type=_count, default=79, help="classic example: epochs of 17,000 steps")
+    demo.add_argument("--epochs", type=_count, default=48, help="training: passes over the digits")
+    demo.add_argument("--seed", type=int, default=0, help="training: first weights and order of the digits")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
+    demo.set_defaults(run=_run_demo, extra="demo")
+
+    plot = commands.add_parser("plot", help="draw a schedule", formatter_class=formatter)
+    plot.add_argument("--mode", choices=("triangular", "triangular2", "exp_range"), default="triangular", help="shape")
+    plot.add_argument("--base-lr", type=float, default=2.5e-4, help="learning rate at a cycle's ends")
+    plot.add_argument("--max-lr", type=float, default=1e-3, help="learning rate at the first peak")
+    plot.add_argument("--step-size-up", type=float, default=2000, help="steps from base to max")
+    plot.add_argument("--step-size-down", type=float, help="steps from max to base; as many as up when absent")
+    plot.add_argument("--gamma", type=float, default=1.0, help="exp_range: factor of each step")
+    plot.add_argument("--cycle-momentum", action="store_true", help="draw the momentum (Adam's beta1) too")
+    plot.add_argument("--base-momentum", type=float, default=0.8, help="momentum at max learning rate")
+    plot.add_argument("--max-momentum", type=float, default=0.9, help="momentum at base learning rate")
+    plot.add_argument("--steps", type=_count, default=12_000, help=f"steps to draw, at most {MOST_STEPS:,}")
+    plot.add_argument("--out", type=_picture, default=Path("out/schedule.png"), help="picture to write")
+    plot.set_defaults(run=_run_plot, extra="plot", error=plot.error)
+    return parser
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from fused_clr import demo
+
+    demo.run(options.out, options.device, options.schedule_epochs, options.epochs, options.seed)
+
+
+def _run_plot(options: argparse.Namespace) -> None:
+    from fused_clr import _plots
+
+    try:
+        schedule = Cyclic(
+            base_lr=options.base_lr,
+            max_lr=options.max_lr,
+            step_size_up=options.step_size_up,
+            step_size_down=options.step_size_down,
+            mode=options.mode,
+            gamma=options.gamma,
+            cycle_momentum=options.cycle_momentum,
+            base_momentum=options.base_momentum,
+            max_momentum=options.max_momentum,
+        )
+    except ValueError as error:
+        options.error(str(error))
+    steps = np.arange(options.steps)
+    with np.errstate(over="ignore"):
+        lr = schedule.lr(steps)
+    if not np.isfinite(lr).all():
+        options.error(f"gamma={options.gamma:g} overflows within {options.steps:,} steps")
+    momentum = schedule.momentum(steps) if options.cycle_momentum else None
+    title = f"{options.mode}: {options.base_lr:g} to {options.max_lr:g}, {options.step_size_up:g} steps up"
+    _plots.save(_plots.schedule_figure(lr, momentum, title), options.out)
+    print(f"{options.steps:,} steps drawn to {options.out}")
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_STEPS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_STEPS:,}")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # An allocation is what tells whether a well-formed device exists.
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device that torch offers here: {reason}") from error
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".pdf", ".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .pdf")
+    return path

@@ -1,0 +1,272 @@
+"""The demo: torch's ``Adam`` and ``CyclicLR`` against ours, on the classic example and on a real training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from fused_clr import CyclicLR, FusedAdam, _plots
+from fused_clr.schedules import Cyclic
+
+# torch's fastest Adam, so that the comparison is with the best it offers; ours takes the argument and needs it not.
+PAIRS: dict[str, tuple[Callable[..., Optimizer], Callable[..., LRScheduler]]] = {
+    "torch": (torch.optim.Adam, torch.optim.lr_scheduler.CyclicLR),
+    "fused-clr": (FusedAdam, CyclicLR),
+}
+
+CLASSIC = Cyclic(base_lr=1e-3 / 4, max_lr=1e-3, step_size_up=17_000 * 6, mode="triangular2", cycle_momentum=False)
+CLASSIC_EPOCH = 17_000
+
+TEST_IMAGES = 360
+BATCH_SIZE = 32
+EPOCHS_UP = 4
+TIMED_BLOCKS = 20
+STEPS_PER_BLOCK = 100
+
+
+def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed: int) -> None:
+    """Runs both parts, writes their pictures into ``out`` and prints a table of what was found.
+
+    Args:
+        out: Folder of the pictures; made when missing.
+        device: Where the parameters live.
+        schedule_epochs: Length of the classic example, in epochs of 17,000 steps.
+        epochs: Passes over the training digits.
+        seed: Decides the first weights and the order of the digits.
+    """
+    curve, curve_difference = classic_curve(schedule_epochs * CLASSIC_EPOCH)
+    figure = _plots.schedule_figure(curve, None, f"The classic example: triangular2 over {len(curve):,} steps")
+    _plots.save(figure, out / "classic.png")
+    lr_difference, parameter_difference = classic_loop(CLASSIC_EPOCH, device)
+
+    theirs, ours = train_digits(epochs, device, seed)
+    _plots.save(
+        _plots.training_figure(theirs, ours, f"Handwritten digits, {epochs} epochs on {device}"), out / "digits.png"
+    )
+    their_update, our_update = time_updates([theirs, ours])
+    loss_difference = np.abs(np.subtract(theirs.losses, ours.losses)).max()
+
+    print_table(
+        ("", "torch", "fused-clr", ""),
+        [
+            (f"classic example, {len(curve):,} steps", "", "", ""),
+            ("  learning rate, largest difference", "", "", f"{curve_difference:.1e}"),
+            (f"  the same in a loop of {CLASSIC_EPOCH:,} optimizer steps", "", "", f"{lr_difference:.1e}"),
+            ("  parameters after that loop, largest difference", "", "", f"{parameter_difference:.1e}"),
+            (f"digits, {len(ours.losses):,} steps on {device}", "", "", ""),
+            ("  test accuracy", f"{theirs.accuracies[-1]:.2%}", f"{ours.accuracies[-1]:.2%}", ""),
+            ("  last training loss", f"{theirs.losses[-1]:.6f}", f"{ours.losses[-1]:.6f}", ""),
+            ("  training loss, largest difference", "", "", f"{loss_difference:.1e}"),
+            ("  training steps per second", *ratio_cells(1 / theirs.step_seconds, 1 / ours.step_seconds)),
+            ("  optimizer + scheduler, steps per second", *ratio_cells(1 / their_update, 1 / our_update)),
+        ],
+    )
+    print(f"pictures: {out / 'classic.png'}, {out / 'digits.png'}")
+
+
+def classic_curve(steps: int) -> tuple[NDArray[np.float64], float]:
+    """The classic example's learning rates from our closed form, and their largest difference from torch's scheduler.
+
+    Args:
+        steps: How many steps torch's scheduler is stepped.
+    """
+    optimizer, scheduler = make_pair("torch", [nn.Parameter(torch.zeros(2, 2))], CLASSIC)
+    group = optimizer.param_groups[0]
+    # Without a gradient this updates nothing; torch warns when a scheduler steps before its optimizer ever did.
+    optimizer.step()
+    peer = np.empty(steps)
+    for step in progress(range(steps), "torch's CyclicLR"):
+        peer[step] = group["lr"]
+        scheduler.step()
+    ours = CLASSIC.lr(np.arange(steps))
+    return ours, float(np.abs(ours - peer).max())
+
+
+def classic_loop(steps: int, device: torch.device) -> tuple[float, float]:
+    """The classic example as a training loop of both pairs: largest difference of learning rates and of parameters.
+
+    The gradient is 1 everywhere, so that Adam moves each parameter by the learning rate: it ends at minus the sum of
+    the learning rates that were really applied.
+    """
+    lrs = {name: np.empty(steps) for name in PAIRS}
+    parameters = {name: nn.Parameter(torch.zeros(2, 2, device=device)) for name in PAIRS}
+    for name, parameter in parameters.items():
+        parameter.grad = torch.ones_like(parameter)
+        optimizer, scheduler = make_pair(name, [parameter], CLASSIC)
+        group = optimizer.param_groups[0]
+        for step in progress(range(steps), f"training loop, {name}"):
+            lrs[name][step] = group["lr"]
+            optimizer.step()
+            scheduler.step()
+    lr_difference = np.abs(lrs["fused-clr"] - lrs["torch"]).max()
+    parameter_difference = (parameters["fused-clr"] - parameters["torch"]).abs().max()
+    return float(lr_difference), parameter_difference.item()
+
+
+@dataclass
+class Training:
+    """One model with its optimizer and scheduler, and what was recorded of its training."""
+
+    name: str
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    losses: list[float] = field(default_factory=list)
+    epoch_step_seconds: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    momenta: list[float] = field(default_factory=list)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds for a training step: the median over the epochs, which the first, a warm-up, hardly moves."""
+        return median(self.epoch_step_seconds)
+
+    def train_epoch(self, images: Tensor, labels: Tensor, batches: Iterable[Tensor]) -> None:
+        """Trains on each batch of indices; records the losses and the time."""
+        losses = []
+        with Timer(images.device) as timer:
+            for batch in batches:
+                loss = F.cross_entropy(self.model(images[batch]), labels[batch])
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                self.scheduler.step()
+                losses.append(loss.detach())
+        self.epoch_step_seconds.append(timer.seconds / len(losses))
+        self.losses += torch.stack(losses).tolist()
+        group = self.optimizer.param_groups[0]
+        self.lrs.append(group["lr"])
+        self.momenta.append(group["betas"][0])
+
+    @torch.no_grad()
+    def test(self, images: Tensor, labels: Tensor) -> None:
+        """Records the share of images classified rightly."""
+        self.accuracies.append(float((self.model(images).argmax(1) == labels).double().mean()))
+
+
+def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training, Training]:
+    """Trains one small network twice from the same weights on the same batches: with torch's pair and with ours.
+
+    The two take turns epoch by epoch, so that whatever else the machine does meets both.
+
+    Returns:
+        The trainings with torch's pair and with ours.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=generator)
+    images = torch.tensor(digits.data / 16, dtype=torch.float32)[order].to(device)
+    labels = torch.tensor(digits.target)[order].to(device)
+    train_images, test_images = images[TEST_IMAGES:], images[:TEST_IMAGES]
+    train_labels, test_labels = labels[TEST_IMAGES:], labels[:TEST_IMAGES]
+
+    steps_per_epoch = -(-len(train_images) // BATCH_SIZE)
+    schedule = Cyclic(base_lr=2.5e-4, max_lr=2e-3, step_size_up=EPOCHS_UP * steps_per_epoch, mode="triangular2")
+    first_model = make_model(seed)
+    runs = []
+    for name in PAIRS:
+        model = deepcopy(first_model).to(device)
+        runs.append(Training(name, model, *make_pair(name, model.parameters(), schedule)))
+
+    for epoch in progress(range(epochs), "digits"):
+        batches = torch.randperm(len(train_images), generator=generator).to(device).split(BATCH_SIZE)
+        for training in runs if epoch % 2 == 0 else reversed(runs):
+            training.train_epoch(train_images, train_labels, batches)
+            training.test(test_images, test_labels)
+    return runs[0], runs[1]
+
+
+def time_updates(runs: list[Training]) -> list[float]:
+    """Seconds for one ``optimizer.step(); scheduler.step()`` of each run: medians over blocks, the runs in turn.
+
+    Every step applies the gradients of the last batch again, so this is the last thing to do with a model.
+    """
+    seconds: dict[str, list[float]] = {training.name: [] for training in runs}
+    for _ in progress(range(TIMED_BLOCKS), "timing"):
+        for training in runs:
+            device = next(training.model.parameters()).device
+            with Timer(device) as timer:
+                for _ in range(STEPS_PER_BLOCK):
+                    training.optimizer.step()
+                    training.scheduler.step()
+            seconds[training.name].append(timer.seconds / STEPS_PER_BLOCK)
+    return [median(values) for values in seconds.values()]
+
+
+def make_pair(name: str, parameters: Iterable[nn.Parameter], schedule: Cyclic) -> tuple[Optimizer, LRScheduler]:
+    """The optimizer and scheduler of ``PAIRS[name]`` over ``parameters``, by the same calls for both libraries."""
+    optimizer_class, scheduler_class = PAIRS[name]
+    optimizer = optimizer_class(parameters, lr=schedule.max_lr, fused=True)
+    scheduler = scheduler_class(
+        optimizer,
+        base_lr=schedule.base_lr,
+        max_lr=schedule.max_lr,
+        step_size_up=schedule.step_size_up,
+        mode=schedule.mode,
+        cycle_momentum=schedule.cycle_momentum,
+    )
+    return optimizer, scheduler
+
+
+def make_model(seed: int) -> nn.Module:
+    """A network for 64 pixels and 10 classes, 8,970 parameters; its weights depend on ``seed`` alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+class Timer:
+    """``with Timer(device) as timer``: seconds that the block took, the work it queued on ``device`` included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> Timer:
+        self._wait()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._start
+
+    def _wait(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+
+def progress(steps: range, what: str) -> Iterable[int]:
+    """``steps`` with a progress bar."""
+    bar: Iterable[int] = tqdm(steps, desc=what, mininterval=0.5)
+    return bar
+
+
+def ratio_cells(theirs: float, ours: float) -> tuple[str, str, str]:
+    """Two speeds and how many times the second is the first."""
+    return f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.2f}x"
+
+
+def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Prints aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in [head, tuple("-" * width for width in widths), *rows]:
+        first, *others = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join([first, *others]).rstrip())

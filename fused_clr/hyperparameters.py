@@ -1,0 +1,128 @@
+"""What an optimizer's param group may say, and what a step needs to know of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .schedules import Cyclic
+
+
+class Hyperparameters(NamedTuple):
+    """One param group's numbers, as a step uses them. ``lr`` may be a 1-element tensor, read at every step."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    amsgrad: bool
+    maximize: bool
+    decoupled_weight_decay: bool
+    schedule: Cyclic | None
+
+
+def _checked_number(name: str, value: Any, allowed: str, upper: float = math.inf) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{name} must have 1 element where it is a tensor, got shape {tuple(value.shape)}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}") from None
+    # `not <=` refuses NaN too.
+    if not 0.0 <= number < upper:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_hyperparameter(name: str, value: Any) -> Any:
+    """Checks a value for ``param_group[name]``.
+
+    Args:
+        name: Key of the param group.
+        value: What is to be stored.
+
+    Returns:
+        What is to be stored: ``value``, or for ``betas`` a tuple.
+
+    Raises:
+        ValueError: ``value`` is not allowed; the message names it and what is.
+        TypeError: ``schedule`` is neither a schedule nor None.
+    """
+    if name in ("lr", "eps", "weight_decay"):
+        _checked_number(name, value, "a finite number >= 0")
+    elif name == "betas":
+        try:
+            beta1, beta2 = value
+        except (TypeError, ValueError):
+            raise ValueError(f"betas must be a pair of numbers in [0, 1), got {value!r}") from None
+        for index, beta in enumerate((beta1, beta2)):
+            _checked_number(f"betas[{index}]", beta, "a number in [0, 1)", upper=1.0)
+        return beta1, beta2
+    elif name == "differentiable" and value:
+        raise ValueError("differentiable must be False: the fused step has no autograd formula, got differentiable=True")
+    elif name == "schedule" and not (value is None or isinstance(value, Cyclic)):
+        raise TypeError(f"schedule must be a value from fused_clr.schedules or None, got {type(value).__name__}")
+    return value
+
+
+def check_parameter(name: str, param: Tensor) -> None:
+    """Checks that a tensor can be a parameter of the fused step.
+
+    Args:
+        name: What error messages call it.
+        param: The tensor.
+
+    Raises:
+        ValueError: Its dtype or layout is not supported.
+    """
+    if param.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {param.layout}")
+    if not (param.is_floating_point() or param.is_complex()) or param.element_size() == 1:
+        raise ValueError(f"{name} must have a floating-point or complex dtype of 16 bits or more, got {param.dtype}")
+    if not is_dense(param):
+        raise ValueError(
+            f"{name} must fill its storage without gaps or overlaps, got shape {tuple(param.shape)} with strides "
+            f"{param.stride()}; make it contiguous"
+        )
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    """Checks that ``grad`` can update ``param``.
+
+    Args:
+        name: What error messages call the parameter.
+        param: The parameter.
+        grad: Its gradient.
+
+    Raises:
+        RuntimeError: It is sparse, or its device, shape or kind of dtype is another than the parameter's.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"the gradient of {name} must be dense, got layout {grad.layout}; use torch.optim.SparseAdam")
+    if grad.device != param.device:
+        raise RuntimeError(f"the gradient of {name} must be on {param.device} as the parameter is, got {grad.device}")
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {name} must have the parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+        )
+    if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+        raise RuntimeError(f"the gradient of {name} ({param.dtype}) cannot have dtype {grad.dtype}")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one span of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def same_layout(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape keep their elements in the same order."""
+    pairs = zip(first.stride(), second.stride(), first.shape, strict=True)
+    return all(a == b or size <= 1 for a, b, size in pairs) or first.numel() <= 1

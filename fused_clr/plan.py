@@ -1,0 +1,104 @@
+"""Which tensors a step updates, in which chunks and launches: everything about a step that rarely changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# A chunk's index within its tensor takes the lower half of a word of the chunk table.
+CHUNK_BITS = 32
+
+
+class DtypeCombination(NamedTuple):
+    """What one launch is compiled for."""
+
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    amsgrad: bool
+
+
+class ChunkRange(NamedTuple):
+    """The chunks of one launch: a range of the chunk table."""
+
+    combination: DtypeCombination
+    first: int
+    count: int
+
+
+class LaunchPlan(NamedTuple):
+    """The launches of a step, as host tables.
+
+    Attributes:
+        active: int, indices of the tensors that are updated, in order.
+        chunk_table: int64[num_chunks]: tensor index << 32 | chunk of that tensor; one launch after another.
+        launches: The ranges of ``chunk_table``, one per dtype combination; at least one, perhaps empty.
+    """
+
+    active: list[int]
+    chunk_table: NDArray[np.int64]
+    launches: list[ChunkRange]
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an element's real numbers: a complex tensor is updated as pairs of reals."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def real_numel(tensor: Tensor) -> int:
+    """How many real numbers a tensor holds."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def plan_launches(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None], amsgrad: Sequence[bool], block_size: int
+) -> LaunchPlan:
+    """Sorts the tensors that have gradients into launches and cuts them into chunks.
+
+    Args:
+        params: Parameters of one device.
+        grads: Their gradients; None: the parameter is not updated.
+        amsgrad: Whether each keeps the largest second moment.
+        block_size: Elements of a chunk.
+
+    Returns:
+        The plan. It holds no tensor and no address.
+    """
+    active = [index for index, grad in enumerate(grads) if grad is not None]
+    combinations: dict[DtypeCombination, list[int]] = {}
+    for index in active:
+        grad = grads[index]
+        if grad is not None and grad.numel():
+            dtypes = real_dtype(params[index].dtype), real_dtype(grad.dtype)
+            combinations.setdefault(DtypeCombination(*dtypes, amsgrad[index]), []).append(index)
+
+    tables, launches, first = [np.empty(0, np.int64)], [], 0
+    for combination, indices in combinations.items():
+        words = chunk_words(indices, [real_numel(params[index]) for index in indices], block_size)
+        tables.append(words)
+        launches.append(ChunkRange(combination, first, len(words)))
+        first += len(words)
+    # The schedule ticks also when nothing is updated.
+    launches = launches or [ChunkRange(DtypeCombination(torch.float32, torch.float32, False), 0, 0)]
+    return LaunchPlan(active, np.concatenate(tables), launches)
+
+
+def chunk_words(tensor_ids: Sequence[int], numels: Sequence[int], block_size: int) -> NDArray[np.int64]:
+    """The chunk table of some tensors.
+
+    Args:
+        tensor_ids: Row of each in the tensor table.
+        numels: Elements of each; beyond 2**31 is fine.
+        block_size: Elements of a chunk.
+
+    Returns:
+        int64[num_chunks].
+    """
+    counts = -(-np.asarray(numels, np.int64) // block_size)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    chunks = np.arange(counts.sum(), dtype=np.int64) - starts
+    return (np.repeat(np.asarray(tensor_ids, np.int64), counts) << CHUNK_BITS) | chunks

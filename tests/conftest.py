@@ -1,0 +1,37 @@
+"""Triton runs in its interpreter for the whole test process, so that the real kernels run on the CPU."""
+
+import os
+
+# Before triton is imported. A machine with a GPU runs the tests marked `gpu` in a process of their own (bench/on_gpu.sh).
+if os.environ.get("FUSED_CLR_TEST_GPU") != "1":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on both backends; `triton` is the interpreter."""
+    monkeypatch.setenv("FUSED_CLR_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triton backend, in the interpreter."""
+    monkeypatch.setenv("FUSED_CLR_BACKEND", "triton")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state, whatever ran before."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need one; the others need the interpreter."""
+    on_gpu = os.environ.get("FUSED_CLR_TEST_GPU") == "1" and torch.cuda.is_available()
+    for item in items:
+        if item.get_closest_marker("gpu") and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and FUSED_CLR_TEST_GPU=1 as bench/on_gpu.sh sets it"))

@@ -105,7 +105,7 @@ def optimizer_state_dict(optimizer: FusedAdam) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_optimizer_state_dict(optimizer: FusedAdam, state_dict: Mapping[str, Any]) -> None:
+def load_optimizer_state_dict(optimizer: FusedAdam, state_dict: Any) -> None:
     """`FusedAdam.load_state_dict`. Everything is checked before anything is changed.
 
     Args:
@@ -122,6 +122,9 @@ def load_optimizer_state_dict(optimizer: FusedAdam, state_dict: Mapping[str, Any
     groups, entries, schedules = _checked_state_dict(optimizer, loaded)
 
     for group, saved, schedule in zip(optimizer.param_groups, groups, schedules, strict=True):
+        if group.schedule is not None and group.schedule.cycle_momentum:
+            # The saved beta1 is the schedule's doing, and the group's own is kept for the day the schedule is taken away.
+            saved = {**saved, "betas": (group.stored("betas")[0], saved["betas"][1])}
         for key, value in saved.items():
             if key != "params" and key not in OWN_KEYS and not (key == "decoupled_weight_decay" and group.stored(key)):
                 group.store(key, value)
@@ -131,16 +134,16 @@ def load_optimizer_state_dict(optimizer: FusedAdam, state_dict: Mapping[str, Any
     for engine in optimizer._ready_engines():
         steps = engine.get_update_steps()
         for index, param in enumerate(engine.params):
-            saved = entries.get(param)
-            if saved is None and not optimizer.state.get(param):
+            entry = entries.get(param)
+            if entry is None and not optimizer.state.get(param):
                 continue
             engine.prepare_state(index)
             state = optimizer.state[param]
-            steps[index] = 0 if saved is None else int(saved["step"])
+            steps[index] = 0 if entry is None else int(entry["step"])
             for key in moment_names(amsgrad="max_exp_avg_sq" in state):
                 # In place: a captured graph may read these tensors.
-                if saved is not None and key in saved:
-                    state[key].copy_(saved[key])
+                if entry is not None and key in entry:
+                    state[key].copy_(entry[key])
                 else:
                     state[key].zero_()
         engine.set_update_steps(steps)
@@ -198,4 +201,6 @@ def _check_entry(name: str, entry: Any, param: Tensor) -> None:
             continue
         if not isinstance(value, Tensor) or value.shape != param.shape:
             shape = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{name}[{key!r}] must be a tensor of the parameter's shape {tuple(param.shape)}, got {shape}")
+            raise ValueError(
+                f"{name}[{key!r}] must be a tensor of the parameter's shape {tuple(param.shape)}, got {shape}"
+            )

@@ -103,7 +103,7 @@ def _run_plot(options: argparse.Namespace) -> None:
     except ValueError as error:
         options.error(str(error))
     steps = np.arange(options.steps)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         lr = schedule.lr(steps)
     if not np.isfinite(lr).all():
         options.error(f"gamma={options.gamma:g} overflows within {options.steps:,} steps")

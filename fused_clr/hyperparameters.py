@@ -62,7 +62,9 @@ def check_hyperparameter(name: str, value: Any) -> Any:
             _checked_number(f"betas[{index}]", beta, "a number in [0, 1)", upper=1.0)
         return beta1, beta2
     elif name == "differentiable" and value:
-        raise ValueError("differentiable must be False: the fused step has no autograd formula, got differentiable=True")
+        raise ValueError(
+            "differentiable must be False: the fused step has no autograd formula, got differentiable=True"
+        )
     elif name == "schedule" and not (value is None or isinstance(value, Cyclic)):
         raise TypeError(f"schedule must be a value from fused_clr.schedules or None, got {type(value).__name__}")
     return value
@@ -101,7 +103,9 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         RuntimeError: It is sparse, or its device, shape or kind of dtype is another than the parameter's.
     """
     if grad.layout != torch.strided:
-        raise RuntimeError(f"the gradient of {name} must be dense, got layout {grad.layout}; use torch.optim.SparseAdam")
+        raise RuntimeError(
+            f"the gradient of {name} must be dense, got layout {grad.layout}; use torch.optim.SparseAdam"
+        )
     if grad.device != param.device:
         raise RuntimeError(f"the gradient of {name} must be on {param.device} as the parameter is, got {grad.device}")
     if grad.shape != param.shape:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoint
@@ -18,6 +16,7 @@ from .backends.engine import DevicesChanged
 from .hyperparameters import Hyperparameters, check_hyperparameter, check_parameter
 from .param_group import ParamGroup
 from .schedules import Cyclic
+from .step_hooks import call_with_hooks, hooks_wanted
 from .watched import OptimizerState
 
 T = TypeVar("T")
@@ -64,6 +63,8 @@ class FusedAdam(torch.optim.Optimizer):
 
     # GradScaler leaves scale and overflow to the step, which then neither updates nor ticks.
     _step_supports_amp_scaling = True
+
+    param_groups: list[ParamGroup]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -115,10 +116,13 @@ class FusedAdam(torch.optim.Optimizer):
         self._steps_since_scheduler = 0
         self._schedule_step = 0
         self._update_steps: dict[Tensor, int] = {}
+        # Torch lets users append to group["params"].
+        self._param_lists: list[list[Tensor]] = []
+        self._param_counts: list[int] = []
 
     # -- param groups and state ---------------------------------------------------------------------------------------
     @property
-    def state(self) -> OptimizerState:  # type: ignore[override]
+    def state(self) -> OptimizerState:
         """Parameter -> its state tensors, ``step``, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``."""
         return self._state
 
@@ -147,8 +151,9 @@ class FusedAdam(torch.optim.Optimizer):
         Raises:
             ValueError: A hyperparameter or parameter is not allowed; nothing has been added.
         """
-        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
-        plain = self.param_groups.pop()
+        # A copy: torch writes its defaults into what it is given.
+        super().add_param_group(dict(param_group))
+        plain: dict[str, Any] = self.param_groups.pop()
         index = len(self.param_groups)
         for name in list(plain):
             plain[name] = check_hyperparameter(name, plain[name])
@@ -162,7 +167,7 @@ class FusedAdam(torch.optim.Optimizer):
         self._structure_changed = True
 
     @staticmethod
-    def _note_schedule(group: ParamGroup) -> None:
+    def _note_schedule(group: ParamGroup, previous: Cyclic | None = None) -> None:
         """Leaves in a scheduled group what torch's CyclicLR leaves there; warns of a beta1 that is overridden."""
         schedule = group.schedule
         if schedule is None:
@@ -172,7 +177,8 @@ class FusedAdam(torch.optim.Optimizer):
             group.store("max_momentum", schedule.max_momentum)
             group.store("base_momentum", schedule.base_momentum)
             beta1 = float(group.stored("betas")[0])
-            if beta1 not in (schedule.max_momentum, DEFAULT_BETAS[0]):
+            overridden_before = previous is not None and previous.cycle_momentum
+            if not overridden_before and beta1 not in (schedule.max_momentum, DEFAULT_BETAS[0]):
                 warnings.warn(
                     f"cycle_momentum=True overrides the optimizer's beta1={beta1} by {schedule.base_momentum} to "
                     f"{schedule.max_momentum}; cycle_momentum=False would keep it",
@@ -190,6 +196,8 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _check_group(self, group: ParamGroup, key: str, value: Any) -> Any:
         value = check_hyperparameter(key, value)
+        if key == "params":
+            self._structure_changed = True
         schedule = group.schedule
         if schedule is None:
             return value
@@ -208,9 +216,9 @@ class FusedAdam(torch.optim.Optimizer):
     def _hyperparameters(self) -> list[Hyperparameters]:
         return [
             Hyperparameters(
-                group.stored("lr"),
-                *(float(beta) for beta in group.stored("betas")),
-                *(group.stored(name) for name in Hyperparameters._fields[3:]),
+                beta1=float(group.stored("betas")[0]),
+                beta2=float(group.stored("betas")[1]),
+                **{name: group.stored(name) for name in Hyperparameters._fields if name not in ("beta1", "beta2")},
             )
             for group in self.param_groups
         ]
@@ -260,8 +268,10 @@ class FusedAdam(torch.optim.Optimizer):
         ]
         for engine in self._engines:
             engine.retire()
-        self._retired += self._engines
+        self._retired += [engine for engine in self._engines if engine.captured]
         self._engines = engines
+        self._param_lists = [group.stored("params") for group in self.param_groups]
+        self._param_counts = [len(params) for params in self._param_lists]
         self._structure_changed = self._state_changed = self._hyperparameters_changed = False
 
     def _initial_update_step(self, param: Tensor) -> int:
@@ -284,37 +294,13 @@ class FusedAdam(torch.optim.Optimizer):
             RuntimeError: A gradient is sparse, or on another device, or of another shape or kind than its parameter.
                 The message names the parameter; nothing has been updated.
         """
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
-        ):
-            return self._hooked_step(closure)
+        if hooks_wanted(self):
+            out: T | None = call_with_hooks(FusedAdam._step, self, (self,) if closure is None else (self, closure))
+            return out
         return self._step(closure)
 
     # Torch would wrap a step that does not say it runs the hooks itself, at 5.7 us a call.
     step.hooked = True  # type: ignore[attr-defined]
-
-    def _hooked_step(self, *args: Any) -> Any:
-        kwargs: dict[str, Any] = {}
-        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
-            for hook in chain(
-                torch_optimizer._global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()
-            ):
-                result: Any = hook(self, args, kwargs)
-                if result is not None:
-                    if not (isinstance(result, tuple) and len(result) == 2):
-                        raise RuntimeError(f"step pre-hooks must return None or (new_args, new_kwargs), got {result}")
-                    args, kwargs = result
-            out = self._step(*args, **kwargs)
-            self._optimizer_step_code()
-            for hook in chain(
-                self._optimizer_step_post_hooks.values(), torch_optimizer._global_optimizer_post_hooks.values()
-            ):
-                hook(self, args, kwargs)
-        return out
 
     def _step(self, closure: Callable[[], T] | None = None) -> T | None:
         loss = None
@@ -336,6 +322,8 @@ class FusedAdam(torch.optim.Optimizer):
         return loss
 
     def _prepared_engines(self) -> list[Engine[Any]]:
+        if [len(params) for params in self._param_lists] != self._param_counts:
+            self._structure_changed = True
         changed = self._structure_changed or self._state_changed or self._hyperparameters_changed
         engines = self._ready_engines() if changed else self._engines
         try:
@@ -398,19 +386,24 @@ class FusedAdam(torch.optim.Optimizer):
             ValueError: The list's length is not the number of groups.
             TypeError: An entry is no schedule.
         """
-        schedules = [schedule] * len(self.param_groups) if schedule is None or isinstance(schedule, Cyclic) else schedule
+        schedules = (
+            [schedule] * len(self.param_groups) if schedule is None or isinstance(schedule, Cyclic) else schedule
+        )
         if len(schedules) != len(self.param_groups):
-            raise ValueError(f"schedule must have {len(self.param_groups)} entries, one per group, got {len(schedules)}")
+            raise ValueError(
+                f"schedule must have {len(self.param_groups)} entries, one per group, got {len(schedules)}"
+            )
         for value in schedules:
             check_hyperparameter("schedule", value)
         self._awaits_scheduler = False
         for group, value in zip(self.param_groups, schedules, strict=True):
-            lr, betas = group["lr"], group["betas"]
-            group.store("schedule", value)
+            previous = group.schedule
             if value is None:
+                lr, betas = group["lr"], group["betas"]
                 group.store("lr", lr)
                 group.store("betas", betas)
-            self._note_schedule(group)
+            group.store("schedule", value)
+            self._note_schedule(group, previous)
 
     def _attach_schedules(self, schedules: Sequence[Cyclic], step: int) -> int:
         """What `fused_clr.CyclicLR` does to its optimizer.

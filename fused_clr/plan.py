@@ -27,7 +27,7 @@ class ChunkRange(NamedTuple):
 
     combination: DtypeCombination
     first: int
-    count: int
+    num_chunks: int
 
 
 class LaunchPlan(NamedTuple):
@@ -101,4 +101,5 @@ def chunk_words(tensor_ids: Sequence[int], numels: Sequence[int], block_size: in
     counts = -(-np.asarray(numels, np.int64) // block_size)
     starts = np.repeat(np.cumsum(counts) - counts, counts)
     chunks = np.arange(counts.sum(), dtype=np.int64) - starts
-    return (np.repeat(np.asarray(tensor_ids, np.int64), counts) << CHUNK_BITS) | chunks
+    words: NDArray[np.int64] = (np.repeat(np.asarray(tensor_ids, np.int64), counts) << CHUNK_BITS) | chunks
+    return words

@@ -107,7 +107,7 @@ class Cyclic:
             if self.mode not in MODES:
                 raise ValueError(f"mode must be one of {MODES} unless scale_fn is given, got mode={self.mode!r}")
             set_field(self, "scale_mode", "iterations" if self.mode == "exp_range" else "cycle")
-        elif not (callable(self.scale_fn) or is_triton_function(self.scale_fn)):
+        elif not callable(self.scale_fn):
             raise ValueError(f"scale_fn must be callable or None, got {self.scale_fn!r}")
         elif self.scale_mode not in SCALE_MODES:
             raise ValueError(f"scale_mode must be one of {SCALE_MODES}, got {self.scale_mode!r}")
@@ -143,7 +143,8 @@ class Cyclic:
             ValueError: ``step`` is negative.
         """
         height, scale = self._height_and_scale(step)
-        return self.base_lr + (self.max_lr - self.base_lr) * height * scale
+        lr: float | FloatArray = self.base_lr + (self.max_lr - self.base_lr) * height * scale
+        return lr
 
     @overload
     def momentum(self, step: int) -> float: ...
@@ -162,7 +163,8 @@ class Cyclic:
             ValueError: ``step`` is negative.
         """
         height, scale = self._height_and_scale(step)
-        return self.max_momentum - (self.max_momentum - self.base_momentum) * height * scale
+        momentum: float | FloatArray = self.max_momentum - (self.max_momentum - self.base_momentum) * height * scale
+        return momentum
 
     def lr_and_momentum(self, step: int) -> tuple[float, float]:
         """``lr(step)`` and ``momentum(step)``, with the triangle evaluated once."""
@@ -182,8 +184,8 @@ class Cyclic:
         if step < 0:
             raise ValueError(f"step must be >= 0, got {step}")
         cycle, phase = divmod(int(step) << shift, period)
-        height = phase / up if phase <= up else (period - phase) / (period - up)
-        return height, self._scale(int(step), cycle)
+        numerator, denominator = (phase, up) if phase <= up else (period - phase, period - up)
+        return numerator / denominator, self._scale(int(step), cycle)
 
     def _scale(self, step: int, cycle: int) -> float:
         if self.scale_fn is not None:
@@ -212,7 +214,7 @@ class Cyclic:
         # fails there with triton's own message.
         function = self.scale_fn
         assert function is not None
-        return function.fn if is_triton_function(function) else function  # type: ignore[attr-defined, no-any-return]
+        return function.fn if is_triton_function(function) else function  # type: ignore[attr-defined]
 
     def tabulated_scale(self) -> FloatArray:
         """The values of a plain Python ``scale_fn``, as the triton backend reads them.

@@ -29,13 +29,13 @@ class WatchedDict(dict[Any, Any]):
         self.on_change()
 
     # The mixins go through the two methods above, where dict's own would write behind their back.
-    pop = MutableMapping.pop  # type: ignore[assignment]
+    pop = MutableMapping.pop
     popitem = MutableMapping.popitem
     clear = MutableMapping.clear
-    update = MutableMapping.update  # type: ignore[assignment]
-    setdefault = MutableMapping.setdefault  # type: ignore[assignment]
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
 
-    def __ior__(self, other: Any) -> Any:  # type: ignore[override,misc]
+    def __ior__(self, other: Any) -> Any:
         self.update(other)
         return self
 
@@ -82,11 +82,11 @@ class OptimizerState(defaultdict[Any, Any]):
         super().__delitem__(key)
         self.on_change()
 
-    pop = MutableMapping.pop  # type: ignore[assignment]
+    pop = MutableMapping.pop
     popitem = MutableMapping.popitem
     clear = MutableMapping.clear
-    update = MutableMapping.update  # type: ignore[assignment]
-    setdefault = MutableMapping.setdefault  # type: ignore[assignment]
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
 
     def __reduce__(self) -> Any:
         return dict, (dict(self.items()),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ __all__ = ["Engine", "TensorRecord", "engine_class"]
 VARIABLE = "FUSED_CLR_BACKEND"
 
 
-def engine_class(device: torch.device) -> type[Engine]:
+def engine_class(device: torch.device) -> type[Engine[Any]]:
     """The engine for parameters on ``device``; the environment variable FUSED_CLR_BACKEND overrides.
 
     Args:
@@ -30,7 +31,9 @@ def engine_class(device: torch.device) -> type[Engine]:
     if name not in ("triton", "cpu", None):
         raise ValueError(f"{VARIABLE} must be 'triton' or 'cpu', got {name!r}")
     if name is None or (name == "cpu" and device.type != "cpu"):
-        raise RuntimeError(f"no fused-clr backend takes parameters on {device}: backend {name!r}, of 'triton' and 'cpu'")
+        raise RuntimeError(
+            f"no fused-clr backend takes parameters on {device}: backend {name!r}, of 'triton' and 'cpu'"
+        )
     if name == "cpu":
         from .cpu import CpuEngine
 

@@ -163,9 +163,8 @@ class Engine(ABC, Generic[Plan]):
             for record, grad in active:
                 check_gradient(record.name, record.param, grad)
                 self.check_state(record)
-            for index, grad in enumerate(grads):
-                if grad is not None:
-                    self.prepare_state(index)
+            for index in (index for index, grad in enumerate(grads) if grad is not None):
+                self.prepare_state(index)
             plan = self.build_plan(grads)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.pop(next(iter(self._plans)))
@@ -209,7 +208,7 @@ class Engine(ABC, Generic[Plan]):
         for index, (view, param) in enumerate(zip(self.step_mirror, self.params, strict=True)):
             state = self.state.get(param)
             step = state.get("step") if state else None
-            if step is None:
+            if state is None or step is None:
                 steps[index] = 0
             elif not (isinstance(step, Tensor) and step.data_ptr() == view.data_ptr()):
                 steps[index] = int(step)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..hyperparameters import Hyperparameters, same_layout
 from ..kernels import adam as kernels
-from ..kernels.schedule import BASE_LR
+from ..kernels.schedule import BASE_LR, HYPER_COLUMNS
 from ..plan import LaunchPlan, plan_launches, real_numel
 from . import launch as launcher
 from .engine import DevicesChanged, Engine
@@ -107,7 +107,7 @@ class TritonEngine(Engine[DevicePlan]):
         self.scalars_float64 = self.scalars.double()
         self.live = self._zeros(torch.float64, kernels.LIVE_ROWS.value, num_groups)
         self.live_lr, self.live_beta1 = self.live[kernels.NEXT_LR.value], self.live[kernels.NEXT_BETA1.value]
-        self.hyper_table = self._zeros(torch.float64, num_groups, kernels.HYPER_COLUMNS.value)
+        self.hyper_table = self._zeros(torch.float64, num_groups, HYPER_COLUMNS.value)
         # What a step without GradScaler reads, so that the kernel is the same with and without.
         self.no_grad_scale, self.no_found_inf = self._zeros(torch.float32, 1) + 1, self._zeros(torch.float32, 1)
         self.num_evaluators = -(-(num_tensors + num_groups) // self.config.lanes)
@@ -318,7 +318,7 @@ class TritonEngine(Engine[DevicePlan]):
                 len(self.hyperparameters),
                 len(self.records),
                 num_evaluators,
-                chunk_range.count,
+                chunk_range.num_chunks,
                 self._generation,
                 TRITON_DTYPES[combination.param_dtype],
                 TRITON_DTYPES[combination.grad_dtype],
@@ -328,7 +328,7 @@ class TritonEngine(Engine[DevicePlan]):
                 self.config.block_size,
                 self.config.lanes,
             )
-            grid = num_evaluators + min(chunk_range.count, self.max_updaters)
+            grid = num_evaluators + min(chunk_range.num_chunks, self.max_updaters)
             launches.append(Launch(kernels.adam_kernel, grid, arguments, self.config.options))
         with self._on_device():
             return [(launch, launcher.compile_launch(launch)) for launch in launches]
@@ -341,7 +341,8 @@ class TritonEngine(Engine[DevicePlan]):
                 if grad_scale is not None or found_inf is not None:
                     launch = self._with_scaler(launch, grad_scale, found_inf)
                 launcher.run(launch, compiled)
-        self.host_step += 1
+        # Whether a step with a scaler was skipped is not known here.
+        self.host_step += found_inf is None
 
     def _with_scaler(self, launch: Launch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Launch:
         arguments = list(launch.arguments)

@@ -29,7 +29,7 @@ def function_name(function: Any) -> str:
 def warn_unsaved(function: Any) -> None:
     """Warns that a ``scale_fn`` is not in the checkpoint."""
     warnings.warn(
-        f"scale_fn {function_name(function)!r} cannot be saved in a checkpoint; the one who loads it must give it again",
+        f"scale_fn {function_name(function)!r} cannot be saved in a checkpoint; whoever loads it must give it again",
         stacklevel=4,
     )
 
@@ -56,8 +56,8 @@ def decode_schedule(encoded: Any, present: Cyclic | None, name: str) -> Cyclic:
     if values["scale_fn"] is not None:
         if present is None or present.scale_fn is None:
             raise ValueError(
-                f"{name}['schedule'] was saved with the scale_fn {values['scale_fn']!r}, which a checkpoint cannot hold: "
-                "give the group a schedule with that scale_fn before loading"
+                f"{name}['schedule'] was saved with the scale_fn {values['scale_fn']!r}, which a checkpoint cannot "
+                "hold: give the group a schedule with that scale_fn before loading"
             )
         values["scale_fn"] = present.scale_fn
     return Cyclic(**values)
@@ -70,7 +70,7 @@ def optimizer_state_dict(optimizer: FusedAdam) -> dict[str, Any]:
         optimizer: The optimizer.
 
     Returns:
-        torch's dict. ``step`` is a copy, on the CPU unless the group says ``fused`` or ``capturable`` (as torch has it);
+        torch's dict. ``step`` is a copy, on the CPU unless the group says ``fused`` or ``capturable``, as in torch;
         the moments are the live tensors. A scheduled group also holds ``schedule`` and ``schedule_step``.
     """
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
@@ -123,15 +123,15 @@ def load_optimizer_state_dict(optimizer: FusedAdam, state_dict: Any) -> None:
 
     for group, saved, schedule in zip(optimizer.param_groups, groups, schedules, strict=True):
         if group.schedule is not None and group.schedule.cycle_momentum:
-            # The saved beta1 is the schedule's doing, and the group's own is kept for the day the schedule is taken away.
+            # The saved beta1 is the schedule's doing; the group's own stays for when the schedule is taken away.
             saved = {**saved, "betas": (group.stored("betas")[0], saved["betas"][1])}
         for key, value in saved.items():
             if key != "params" and key not in OWN_KEYS and not (key == "decoupled_weight_decay" and group.stored(key)):
                 group.store(key, value)
         if schedule is not None:
             group.store("schedule", schedule)
-    optimizer._hyperparameters_changed = True
-    for engine in optimizer._ready_engines():
+    optimizer._engines.hyperparameters_changed = True
+    for engine in optimizer._engines.ready():
         steps = engine.get_update_steps()
         for index, param in enumerate(engine.params):
             entry = entries.get(param)

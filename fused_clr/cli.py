@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="torch's Adam and CyclicLR against ours", formatter_class=formatter)
-    demo.add_argument("--device", type=_device, default="auto", help="auto, or what torch.device takes")
+    demo.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
     demo.add_argument("--schedule-epochs", type=_count, default=79, help="classic example: epochs of 17,000 steps")
     demo.add_argument("--epochs", type=_count, default=48, help="training: passes over the digits")
     demo.add_argument("--seed", type=int, default=0, help="training: first weights and order of the digits")
@@ -124,10 +124,13 @@ def _device(text: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         # An allocation is what tells whether a well-formed device exists.
-        return torch.empty(0, device=text).device
+        device = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{text!r} is not a device that torch offers here: {reason}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a CPU nor a CUDA or ROCm device")
+    return device
 
 
 def _picture(text: str) -> Path:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .schedules import Cyclic
+
+if TYPE_CHECKING:
+    from .param_group import ParamGroup
+
+DEFAULT_BETAS = (0.9, 0.999)
 
 
 class Hyperparameters(NamedTuple):
@@ -23,6 +29,18 @@ class Hyperparameters(NamedTuple):
     maximize: bool
     decoupled_weight_decay: bool
     schedule: Cyclic | None
+
+
+def read_hyperparameters(groups: Iterable[ParamGroup]) -> list[Hyperparameters]:
+    """What the groups say, as a step needs it; one entry per group."""
+    return [
+        Hyperparameters(
+            beta1=float(group.stored("betas")[0]),
+            beta2=float(group.stored("betas")[1]),
+            **{name: group.stored(name) for name in Hyperparameters._fields if name not in ("beta1", "beta2")},
+        )
+        for group in groups
+    ]
 
 
 def _checked_number(name: str, value: Any, allowed: str, upper: float = math.inf) -> None:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from . import checkpoint
-from .backends import Engine, TensorRecord, engine_class
-from .backends.engine import DevicesChanged
-from .hyperparameters import Hyperparameters, check_hyperparameter, check_parameter
+from .backends.engine_set import EngineSet
+from .hyperparameters import DEFAULT_BETAS, check_hyperparameter, check_parameter
 from .param_group import ParamGroup
 from .schedules import Cyclic
 from .step_hooks import call_with_hooks, hooks_wanted
 from .watched import OptimizerState
 
 T = TypeVar("T")
-
-DEFAULT_BETAS = (0.9, 0.999)
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -102,23 +97,14 @@ class FusedAdam(torch.optim.Optimizer):
         self._start_fresh()
         super().__init__(params, defaults)
 
-    def _start_fresh(self) -> None:
+    def _start_fresh(self, schedule_step: int = 0, update_steps: dict[Tensor, int] | None = None) -> None:
         """Everything that is never copied or pickled."""
-        self._engines: list[Engine[Any]] = []
-        # Engines that a rebuild replaced; a graph captured from one may still be replayed and must find its memory.
-        self._retired: list[Engine[Any]] = []
-        self._structure_changed = True
-        self._state_changed = False
-        self._hyperparameters_changed = False
+        self._engines = EngineSet(self, schedule_step, update_steps)
         # Between optimizer.step() and scheduler.step(), torch's param groups show what was just applied.
         self._awaits_scheduler = False
-        self._scheduler_attached = 0
+        # Counts the CyclicLRs made for this optimizer; the last one drives.
+        self._scheduler_token = 0
         self._steps_since_scheduler = 0
-        self._schedule_step = 0
-        self._update_steps: dict[Tensor, int] = {}
-        # Torch lets users append to group["params"].
-        self._param_lists: list[list[Tensor]] = []
-        self._param_counts: list[int] = []
 
     # -- param groups and state ---------------------------------------------------------------------------------------
     @property
@@ -131,13 +117,24 @@ class FusedAdam(torch.optim.Optimizer):
         self._state = OptimizerState(self._on_state_change)
         for key, entry in value.items():
             self._state[key] = entry
-        self._structure_changed = True
+        self._engines.structure_changed = True
 
-    def _on_state_change(self) -> None:
-        self._state_changed = True
+    def _on_state_change(self, _key: Any) -> None:
+        self._engines.state_changed = True
 
-    def _on_group_change(self) -> None:
-        self._hyperparameters_changed = True
+    def _on_group_change(self, key: Any) -> None:
+        self._engines.hyperparameters_changed = True
+        if key == "params":
+            self._engines.structure_changed = True
+
+    def _make_group(self, values: dict[str, Any]) -> ParamGroup:
+        return ParamGroup(values, self._on_group_change, self._read_live)
+
+    def _read_live(self, group: ParamGroup) -> tuple[float, float] | None:
+        index = next((i for i, own in enumerate(self.param_groups) if own is group), None)
+        if index is None:
+            return None
+        return self._engines.ready()[0].read_lr_and_beta1(index, applied=self._awaits_scheduler)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; see `torch.optim.Optimizer.add_param_group`.
@@ -161,124 +158,11 @@ class FusedAdam(torch.optim.Optimizer):
             check_parameter(f"param_groups[{index}]['params'][{position}]", param)
         if len({id(param) for param in plain["params"]}) != len(plain["params"]):
             raise ValueError(f"param_groups[{index}]['params'] must not hold a parameter twice")
-        group = ParamGroup(plain, self._on_group_change, self._read_group, self._check_group)
+        schedule = plain.pop("schedule")
+        group = self._make_group({**plain, "schedule": None})
+        group.set_schedule(schedule)
         self.param_groups.append(group)
-        self._note_schedule(group)
-        self._structure_changed = True
-
-    @staticmethod
-    def _note_schedule(group: ParamGroup, previous: Cyclic | None = None) -> None:
-        """Leaves in a scheduled group what torch's CyclicLR leaves there; warns of a beta1 that is overridden."""
-        schedule = group.schedule
-        if schedule is None:
-            return
-        dict.setdefault(group, "initial_lr", schedule.base_lr)
-        if schedule.cycle_momentum:
-            group.store("max_momentum", schedule.max_momentum)
-            group.store("base_momentum", schedule.base_momentum)
-            beta1 = float(group.stored("betas")[0])
-            overridden_before = previous is not None and previous.cycle_momentum
-            if not overridden_before and beta1 not in (schedule.max_momentum, DEFAULT_BETAS[0]):
-                warnings.warn(
-                    f"cycle_momentum=True overrides the optimizer's beta1={beta1} by {schedule.base_momentum} to "
-                    f"{schedule.max_momentum}; cycle_momentum=False would keep it",
-                    stacklevel=4,
-                )
-
-    def _read_group(self, group: ParamGroup, key: str, stored: Any) -> Any:
-        if key not in ("lr", "betas") or group.schedule is None:
-            return stored
-        index = next((i for i, g in enumerate(self.param_groups) if g is group), None)
-        if index is None or (key == "betas" and not group.schedule.cycle_momentum):
-            return stored
-        lr, beta1 = self._ready_engines()[0].read_lr_and_beta1(index, applied=self._awaits_scheduler)
-        return lr if key == "lr" else (beta1, stored[1])
-
-    def _check_group(self, group: ParamGroup, key: str, value: Any) -> Any:
-        value = check_hyperparameter(key, value)
-        if key == "params":
-            self._structure_changed = True
-        schedule = group.schedule
-        if schedule is None:
-            return value
-        if key == "lr":
-            raise RuntimeError(
-                f"param_group['lr'] cannot be set{_naming_scheduler()}: the group follows {schedule}; give it another "
-                "with optimizer.set_schedule(), or a constant lr with optimizer.set_schedule(None)"
-            )
-        if key == "betas" and schedule.cycle_momentum and float(value[0]) != group["betas"][0]:
-            raise RuntimeError(
-                f"param_group['betas'][0] cannot be set to {value[0]}{_naming_scheduler()}: the group follows "
-                f"{schedule}; cycle_momentum=False would leave beta1 alone"
-            )
-        return value
-
-    def _hyperparameters(self) -> list[Hyperparameters]:
-        return [
-            Hyperparameters(
-                beta1=float(group.stored("betas")[0]),
-                beta2=float(group.stored("betas")[1]),
-                **{name: group.stored(name) for name in Hyperparameters._fields if name not in ("beta1", "beta2")},
-            )
-            for group in self.param_groups
-        ]
-
-    # -- engines ------------------------------------------------------------------------------------------------------
-    def _ready_engines(self) -> list[Engine[Any]]:
-        """The engines, with everything written since the last step taken over."""
-        if self._structure_changed:
-            self._rebuild_engines()
-        if self._state_changed:
-            for engine in self._engines:
-                engine.adopt_state()
-            self._state_changed = False
-        if self._hyperparameters_changed:
-            hyperparameters = self._hyperparameters()
-            for engine in self._engines:
-                engine.set_hyperparameters(hyperparameters)
-            self._hyperparameters_changed = False
-        return self._engines
-
-    def _rebuild_engines(self) -> None:
-        """Sorts the parameters by device, and gives each device an engine that goes on where the old one was."""
-        if self._engines:
-            self._schedule_step = self._engines[0].get_schedule_step()
-            for engine in self._engines:
-                if self._state_changed:
-                    engine.adopt_state()
-                self._update_steps.update(zip(engine.params, engine.get_update_steps(), strict=True))
-        by_device: dict[torch.device, list[TensorRecord]] = {}
-        for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group.stored("params")):
-                name = f"param_groups[{index}]['params'][{position}]"
-                names = group.stored("param_names")
-                record = TensorRecord(f"{name} ({names[position]})" if names else name, param, index)
-                by_device.setdefault(param.device, []).append(record)
-        hyperparameters = self._hyperparameters()
-        engines = [
-            engine_class(device)(
-                device,
-                records,
-                self.state,
-                hyperparameters,
-                self._schedule_step,
-                [self._initial_update_step(record.param) for record in records],
-            )
-            for device, records in (by_device or {torch.device("cpu"): []}).items()
-        ]
-        for engine in self._engines:
-            engine.retire()
-        self._retired += [engine for engine in self._engines if engine.captured]
-        self._engines = engines
-        self._param_lists = [group.stored("params") for group in self.param_groups]
-        self._param_counts = [len(params) for params in self._param_lists]
-        self._structure_changed = self._state_changed = self._hyperparameters_changed = False
-
-    def _initial_update_step(self, param: Tensor) -> int:
-        state = self.state.get(param)
-        if not state:
-            return 0
-        return self._update_steps.get(param, int(state.get("step", 0)))
+        self._engines.structure_changed = True
 
     # -- the step -----------------------------------------------------------------------------------------------------
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
@@ -310,31 +194,16 @@ class FusedAdam(torch.optim.Optimizer):
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            engines = self._prepared_engines()
+            engines = self._engines.prepared()
             grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
             for engine in engines:
                 engine.launch(grad_scale, found_inf)
         finally:
             torch._C._set_grad_enabled(grad_enabled)
-        if self._scheduler_attached:
+        if self._scheduler_token:
             self._awaits_scheduler = True
             self._steps_since_scheduler += 1
         return loss
-
-    def _prepared_engines(self) -> list[Engine[Any]]:
-        if [len(params) for params in self._param_lists] != self._param_counts:
-            self._structure_changed = True
-        changed = self._structure_changed or self._state_changed or self._hyperparameters_changed
-        engines = self._ready_engines() if changed else self._engines
-        try:
-            for engine in engines:
-                engine.prepare()
-        except DevicesChanged:
-            self._structure_changed = True
-            engines = self._ready_engines()
-            for engine in engines:
-                engine.prepare()
-        return engines
 
     # -- the schedule -------------------------------------------------------------------------------------------------
     @property
@@ -343,22 +212,22 @@ class FusedAdam(torch.optim.Optimizer):
 
         A live tensor: steps and graph replays write it. Reading it on the device needs no sync.
         """
-        return self._ready_engines()[0].live_lr
+        return self._engines.ready()[0].live_lr
 
     @property
     def live_beta1(self) -> Tensor:
         """float64[num_groups], live as `live_lr` is: the beta1 that the next step applies."""
-        return self._ready_engines()[0].live_beta1
+        return self._engines.ready()[0].live_beta1
 
     @property
     def schedule_step(self) -> int:
         """How often the schedule has ticked: torch's ``last_epoch``. Waits for the device."""
-        return self._ready_engines()[0].get_schedule_step()
+        return self._engines.ready()[0].get_schedule_step()
 
     @property
     def schedule_exhausted(self) -> bool:
-        """Whether a tabulated ``scale_fn`` has no value left, so that replays go on with its last. Waits for the device."""
-        return any(engine.get_schedule_exhausted() for engine in self._ready_engines())
+        """Whether a tabulated ``scale_fn`` has no value left, so that replays keep its last. Waits for the device."""
+        return any(engine.get_schedule_exhausted() for engine in self._engines.ready())
 
     def set_schedule_step(self, step: int) -> None:
         """Sets the clock of the schedule, in place: what ``last_epoch`` is in torch.
@@ -371,11 +240,11 @@ class FusedAdam(torch.optim.Optimizer):
         """
         if isinstance(step, bool) or int(step) != step or not 0 <= step < 2**53:
             raise ValueError(f"step must be an integer in [0, 2**53), got {step}")
-        for engine in self._ready_engines():
+        for engine in self._engines.ready():
             engine.set_schedule_step(int(step))
         self._awaits_scheduler = False
 
-    def set_schedule(self, schedule: Cyclic | None | Sequence[Cyclic | None]) -> None:
+    def set_schedule(self, schedule: Cyclic | Sequence[Cyclic | None] | None) -> None:
         """Gives every group a schedule. The clock goes on; see `set_schedule_step`.
 
         Args:
@@ -397,29 +266,23 @@ class FusedAdam(torch.optim.Optimizer):
             check_hyperparameter("schedule", value)
         self._awaits_scheduler = False
         for group, value in zip(self.param_groups, schedules, strict=True):
-            previous = group.schedule
-            if value is None:
-                lr, betas = group["lr"], group["betas"]
-                group.store("lr", lr)
-                group.store("betas", betas)
-            group.store("schedule", value)
-            self._note_schedule(group, previous)
+            group.set_schedule(value)
 
     def _attach_schedules(self, schedules: Sequence[Cyclic], step: int) -> int:
         """What `fused_clr.CyclicLR` does to its optimizer.
 
         Returns:
-            A token: the scheduler is this optimizer's as long as ``_scheduler_attached`` equals it.
+            A token: the scheduler is this optimizer's as long as ``_scheduler_token`` equals it.
         """
         self.set_schedule(schedules)
         self.set_schedule_step(step)
-        self._scheduler_attached += 1
+        self._scheduler_token += 1
         self._steps_since_scheduler = 0
-        return self._scheduler_attached
+        return self._scheduler_token
 
     def _tick(self) -> None:
         """Advances the schedule without an update, unless a captured step does that."""
-        for engine in self._ready_engines():
+        for engine in self._engines.ready():
             if not engine.captured:
                 engine.tick()
 
@@ -440,31 +303,22 @@ class FusedAdam(torch.optim.Optimizer):
         checkpoint.load_optimizer_state_dict(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        engines = self._ready_engines()
-        update_steps = {p: s for e in engines for p, s in zip(e.params, e.get_update_steps(), strict=True)}
         return {
             "defaults": self.defaults,
-            "state": {
-                param: {key: v.clone() if key == "step" else v for key, v in entry.items()}
-                for param, entry in self.state.items()
-            },
+            "state": {param: {**entry, "step": entry["step"].clone()} for param, entry in self.state.items() if entry},
             "param_groups": [{key: group.stored(key) for key in group} for group in self.param_groups],
-            "schedule_step": engines[0].get_schedule_step(),
-            "update_steps": list(update_steps.items()),
-            "scheduler_attached": self._scheduler_attached,
+            "schedule_step": self.schedule_step,
+            "update_steps": list(self._engines.update_steps().items()),
+            "scheduler_token": self._scheduler_token,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._start_fresh()
-        groups = state.pop("param_groups")
-        self._schedule_step = state.pop("schedule_step")
-        self._update_steps = dict(state.pop("update_steps"))
-        self._scheduler_attached = state.pop("scheduler_attached")
+        self._start_fresh(state.pop("schedule_step"), dict(state.pop("update_steps")))
+        self._scheduler_token = state.pop("scheduler_token")
         self.state = state.pop("state")
+        groups = state.pop("param_groups")
         super().__setstate__(state)
-        self.param_groups = [
-            ParamGroup(group, self._on_group_change, self._read_group, self._check_group) for group in groups
-        ]
+        self.param_groups = [self._make_group(group) for group in groups]
 
 
 class FusedAdamW(FusedAdam):
@@ -511,16 +365,3 @@ class FusedAdamW(FusedAdam):
             decoupled_weight_decay=True,
             schedule=schedule,
         )
-
-
-def _naming_scheduler() -> str:
-    """`` by ClassName``, if a torch scheduler is what is writing."""
-    import inspect
-
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, LRScheduler):
-            return f" by {type(owner).__name__}"
-        frame = frame.f_back
-    return ""

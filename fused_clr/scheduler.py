@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 
 from .checkpoint import function_name, warn_unsaved
 from .optim import FusedAdam
-from .schedules import Cyclic
+from .schedules import Cyclic, is_triton_function
 
 # Optimizer steps per scheduler step from which a loop looks like one that steps its scheduler once an epoch.
 STEPS_PER_CALL_LIMIT = 8
@@ -122,7 +122,7 @@ class CyclicLR(LRScheduler):
     def _fused(self) -> FusedAdam:
         optimizer = self.optimizer
         assert isinstance(optimizer, FusedAdam)
-        if optimizer._scheduler_attached != self._token:
+        if optimizer._scheduler_token != self._token:
             raise RuntimeError("this CyclicLR no longer drives its optimizer: a later one was made for it")
         return optimizer
 
@@ -180,9 +180,8 @@ class CyclicLR(LRScheduler):
         saved_function = None
         if first.scale_fn is not None:
             # Torch saves the attributes of a callable object, and nothing of a function.
-            if isinstance(first.scale_fn, types.FunctionType) or not hasattr(first.scale_fn, "__dict__"):
-                warn_unsaved(first.scale_fn)
-            elif type(first.scale_fn).__module__.startswith("triton."):
+            is_function = isinstance(first.scale_fn, types.FunctionType) or is_triton_function(first.scale_fn)
+            if is_function or not hasattr(first.scale_fn, "__dict__"):
                 warn_unsaved(first.scale_fn)
             else:
                 saved_function = dict(first.scale_fn.__dict__)
@@ -218,8 +217,8 @@ class CyclicLR(LRScheduler):
             state_dict: What ``state_dict()`` gave. Not changed.
 
         Raises:
-            ValueError: It is corrupt, of another number of groups, or needs a ``scale_fn`` that is not here. Nothing has
-                been loaded.
+            ValueError: It is corrupt, of another number of groups, or needs a ``scale_fn`` that is not here. Nothing
+                has been loaded.
         """
         optimizer = self._fused
         needed = {"base_lrs", "max_lrs", "total_size", "step_ratio", "mode", "gamma", "scale_mode", "last_epoch"}
@@ -230,8 +229,8 @@ class CyclicLR(LRScheduler):
         saved_name = state_dict.get("scale_fn_name")
         if (saved_name is not None or state_dict.get("_scale_fn_custom") is not None) and scale_fn is None:
             raise ValueError(
-                f"state_dict was saved with the scale_fn {saved_name!r}, which a checkpoint cannot hold: construct this "
-                "CyclicLR with that scale_fn before loading"
+                f"state_dict was saved with the scale_fn {saved_name!r}, which a checkpoint cannot hold: construct "
+                "this CyclicLR with that scale_fn before loading"
             )
         step_size_up, step_size_down = self._loaded_step_sizes(state_dict)
         num_groups = len(self._schedules)

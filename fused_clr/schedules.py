@@ -130,8 +130,8 @@ class Cyclic:
     def lr(self, step: int | IntArray) -> float | FloatArray:
         """The learning rate at ``step``.
 
-        For integer step sizes and ``0 <= base_lr <= max_lr`` within 4 ulp of the exact value in the modes triangular and
-        triangular2, at any step below 2**53; within 1e-12 relative for exp_range.
+        For integer step sizes and ``0 <= base_lr <= max_lr`` within 4 ulp of the exact value in the modes triangular
+        and triangular2, at any step below 2**53; within 1e-12 relative for exp_range.
 
         Args:
             step: int, or int64 array of any shape, >= 0. Updates already applied; torch's ``last_epoch``.
@@ -220,7 +220,8 @@ class Cyclic:
         """The values of a plain Python ``scale_fn``, as the triton backend reads them.
 
         Returns:
-            float64[n]: entry i is ``scale_fn(i + 1)`` for cycle i, or ``scale_fn(i)`` for step i, as ``scale_mode`` says.
+            float64[n]: entry i is ``scale_fn(i + 1)`` for cycle i, or ``scale_fn(i)`` for step i, as ``scale_mode``
+            says.
 
         Raises:
             ValueError: ``scale_mode="iterations"`` without a ``horizon``, or a value that is not finite.
@@ -230,7 +231,7 @@ class Cyclic:
                 "horizon must be given (the number of steps of the training) to tabulate a Python scale_fn with "
                 "scale_mode='iterations', got None; a @triton.jit scale_fn needs none"
             )
-        up, period, shift = self.units
+        _, period, shift = self.units
         if self.scale_mode == "iterations":
             arguments = range((self.horizon or 0) + 1)
         elif self.horizon is None:

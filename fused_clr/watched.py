@@ -9,24 +9,24 @@ from typing import Any
 
 
 class WatchedDict(dict[Any, Any]):
-    """A dict that calls ``on_change()`` after every write. Copies and pickles are plain dicts.
+    """A dict that tells of every write. Copies and pickles are plain dicts.
 
     Args:
-        values: The initial items; setting them is no change.
-        on_change: Called without arguments.
+        values: The initial items; setting them is no write.
+        on_change: Called with the key after every write.
     """
 
-    def __init__(self, values: Mapping[Any, Any], on_change: Callable[[], None]) -> None:
+    def __init__(self, values: Mapping[Any, Any], on_change: Callable[[Any], None]) -> None:
         super().__init__(values)
         self.on_change = on_change
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
-        self.on_change()
+        self.on_change(key)
 
     def __delitem__(self, key: Any) -> None:
         super().__delitem__(key)
-        self.on_change()
+        self.on_change(key)
 
     # The mixins go through the two methods above, where dict's own would write behind their back.
     pop = MutableMapping.pop
@@ -40,6 +40,7 @@ class WatchedDict(dict[Any, Any]):
         return self
 
     def copy(self) -> dict[Any, Any]:
+        """A plain dict of the present items."""
         return dict(self.items())
 
     def __copy__(self) -> dict[Any, Any]:
@@ -62,10 +63,10 @@ class OptimizerState(defaultdict[Any, Any]):
     """``optimizer.state``: parameter -> watched dict of its state tensors. A plain dict put into it becomes watched.
 
     Args:
-        on_change: Called after every write to this dict or one of its values.
+        on_change: Called with a key after every write to this dict or one of its values.
     """
 
-    def __init__(self, on_change: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[Any], None]) -> None:
         super().__init__(dict)
         self.on_change = on_change
 
@@ -76,11 +77,11 @@ class OptimizerState(defaultdict[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, WatchedDict(value, self.on_change) if isinstance(value, dict) else value)
-        self.on_change()
+        self.on_change(key)
 
     def __delitem__(self, key: Any) -> None:
         super().__delitem__(key)
-        self.on_change()
+        self.on_change(key)
 
     pop = MutableMapping.pop
     popitem = MutableMapping.popitem

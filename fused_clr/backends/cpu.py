@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hyperparameters import Hyperparameters, same_layout
-from .engine import DevicesChanged, Engine
+from .engine import DevicesChangedError, Engine
 from .launch import recorders
 
 
@@ -109,7 +109,7 @@ class CpuEngine(Engine[CpuPlan]):
     def prepare(self) -> None:
         """See `Engine.prepare`."""
         if self.params and self.params[0].device != self.device:
-            raise DevicesChanged
+            raise DevicesChangedError
         if recorders:
             raise RuntimeError("record_launches() records kernels, and the cpu backend launches none")
         self._grads = [param.grad for param in self.params]

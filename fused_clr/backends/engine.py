@@ -26,7 +26,7 @@ class TensorRecord(NamedTuple):
     group_index: int
 
 
-class DevicesChanged(Exception):
+class DevicesChangedError(Exception):
     """A parameter has left this engine's device; the optimizer must sort its parameters anew."""
 
 
@@ -141,7 +141,7 @@ class Engine(ABC, Generic[Plan]):
 
         Raises:
             RuntimeError: A gradient cannot update its parameter; the message names it.
-            DevicesChanged: A parameter has moved.
+            DevicesChangedError: A parameter has moved.
         """
         layout: list[Any] | None
         try:
@@ -158,7 +158,7 @@ class Engine(ABC, Generic[Plan]):
         plan = None if key is None else self._plans.get(key)
         if plan is None:
             if any(param.device != self.device for param in self.params):
-                raise DevicesChanged
+                raise DevicesChangedError
             active = [(record, grad) for record, grad in zip(self.records, grads, strict=True) if grad is not None]
             for record, grad in active:
                 check_gradient(record.name, record.param, grad)

@@ -17,7 +17,7 @@ from ..kernels import adam as kernels
 from ..kernels.schedule import BASE_LR, HYPER_COLUMNS
 from ..plan import LaunchPlan, plan_launches, real_numel
 from . import launch as launcher
-from .engine import DevicesChanged, Engine
+from .engine import DevicesChangedError, Engine
 from .hyper_table import encode
 from .launch import INTERPRETED, Launch
 
@@ -259,7 +259,7 @@ class TritonEngine(Engine[DevicePlan]):
         addresses += [grad.data_ptr() for grad in active_grads]
         if addresses != plan.addresses or keeps_tables or not plan.launches:
             if any(param.device != self.device for param in plan.params):
-                raise DevicesChanged
+                raise DevicesChangedError
             count = len(plan.params)
             plan.rows[plan.plan.active, kernels.PARAM.value] = addresses[:count]
             plan.rows[plan.plan.active, kernels.GRAD.value] = addresses[count:]

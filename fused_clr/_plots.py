@@ -48,7 +48,7 @@ def training_figure(torch_run: Training, our_run: Training, title: str) -> Figur
     (loss, difference), (accuracy, rate) = figure.subplots(2, 2)
 
     # Torch's lines are wide and pale below ours, so that both are seen where they coincide.
-    for run, colour, width in ((torch_run, TORCH_PALE, 4), (our_run, OURS, 0.8)):
+    for run, colour, width in ((torch_run, TORCH_PALE, 4), (our_run, OURS, 1.2)):
         loss.semilogy(
             run.losses, color=colour, linewidth=width, label=f"{run.name}: {1 / run.step_seconds:,.0f} steps/s"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends.engine import moment_names
-from .hyperparameters import check_hyperparameter
+from .hyperparameters import check_hyperparameter, check_schedule_step
 from .schedules import Cyclic
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Keys of a saved group that are not hyperparameters of its torch twin.
 OWN_KEYS = ("schedule", "schedule_step")
+# What every version of torch's Adam saves of a group.
+REQUIRED_KEYS = {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}
 
 
 def function_name(function: Any) -> str:
@@ -174,6 +176,10 @@ def _checked_state_dict(
         name = f"state_dict['param_groups'][{index}]"
         if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
             raise ValueError(f"{name} must be a dict with a list 'params'")
+        if not set(saved) >= REQUIRED_KEYS:
+            raise ValueError(f"{name} has no {sorted(REQUIRED_KEYS - set(saved))}")
+        if "schedule_step" in saved:
+            check_schedule_step(f"{name}['schedule_step']", saved["schedule_step"])
         if len(saved["params"]) != len(own.stored("params")):
             raise ValueError(f"{name} has {len(saved['params'])} parameters, the optimizer {len(own.stored('params'))}")
         checked.append({k: v if k in OWN_KEYS else check_hyperparameter(k, v) for k, v in saved.items()})

@@ -88,6 +88,24 @@ def check_hyperparameter(name: str, value: Any) -> Any:
     return value
 
 
+def check_schedule_step(name: str, step: Any) -> int:
+    """Checks a place on the schedule's clock.
+
+    Args:
+        name: What error messages call it.
+        step: Updates so far.
+
+    Returns:
+        int in [0, 2**53).
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    if not isinstance(step, (int, float)) or isinstance(step, bool) or not 0 <= step < 2**53 or int(step) != step:
+        raise ValueError(f"{name} must be an integer in [0, 2**53), got {step!r}")
+    return int(step)
+
+
 def check_parameter(name: str, param: Tensor) -> None:
     """Checks that a tensor can be a parameter of the fused step.
 

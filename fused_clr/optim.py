@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .backends.engine_set import EngineSet
-from .hyperparameters import DEFAULT_BETAS, check_hyperparameter, check_parameter
+from .hyperparameters import DEFAULT_BETAS, check_hyperparameter, check_parameter, check_schedule_step
 from .param_group import ParamGroup
 from .schedules import Cyclic
 from .step_hooks import call_with_hooks, hooks_wanted
@@ -238,10 +238,9 @@ class FusedAdam(torch.optim.Optimizer):
         Raises:
             ValueError: ``step`` is outside that.
         """
-        if isinstance(step, bool) or int(step) != step or not 0 <= step < 2**53:
-            raise ValueError(f"step must be an integer in [0, 2**53), got {step}")
+        step = check_schedule_step("step", step)
         for engine in self._engines.ready():
-            engine.set_schedule_step(int(step))
+            engine.set_schedule_step(step)
         self._awaits_scheduler = False
 
     def set_schedule(self, schedule: Cyclic | Sequence[Cyclic | None] | None) -> None:
@@ -255,9 +254,7 @@ class FusedAdam(torch.optim.Optimizer):
             ValueError: The list's length is not the number of groups.
             TypeError: An entry is no schedule.
         """
-        schedules = (
-            [schedule] * len(self.param_groups) if schedule is None or isinstance(schedule, Cyclic) else schedule
-        )
+        schedules = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(self.param_groups)
         if len(schedules) != len(self.param_groups):
             raise ValueError(
                 f"schedule must have {len(self.param_groups)} entries, one per group, got {len(schedules)}"

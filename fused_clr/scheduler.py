@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 
 from .checkpoint import function_name, warn_unsaved
+from .hyperparameters import check_schedule_step
 from .optim import FusedAdam
 from .schedules import Cyclic, is_triton_function
 
@@ -253,7 +254,8 @@ class CyclicLR(LRScheduler):
             )
             for index, schedule in enumerate(self._schedules)
         ]
-        optimizer.set_schedule_step(state_dict["last_epoch"])
+        last_epoch = check_schedule_step("state_dict['last_epoch']", state_dict["last_epoch"])
+        optimizer.set_schedule_step(last_epoch)
         if state_dict.get("_scale_fn_custom") is not None and scale_fn is not None:
             scale_fn.__dict__.update(state_dict["_scale_fn_custom"])
         self._schedules = schedules

@@ -2,7 +2,7 @@
 
 import os
 
-# Before triton is imported. A machine with a GPU runs the tests marked `gpu` in a process of their own (bench/on_gpu.sh).
+# Before triton is imported. The tests marked `gpu` run in a process of their own (bench/on_gpu.sh).
 if os.environ.get("FUSED_CLR_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -20,7 +20,11 @@ class Pair(NamedTuple):
 
 
 def make_pair(
-    ours: bool, seed: int = 0, shapes: Sequence[tuple[int, ...]] = SHAPES, cyclic: dict[str, Any] | None = None, **adam: Any
+    ours: bool,
+    seed: int = 0,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    cyclic: dict[str, Any] | None = None,
+    **adam: Any,
 ) -> Pair:
     """Two groups with bounds of their own; a short asymmetric cycle, triangular2, beta1 cycling."""
     generator = torch.Generator().manual_seed(seed)

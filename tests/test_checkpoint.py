@@ -89,7 +89,7 @@ def test_a_schedule_given_to_the_optimizer_is_saved_with_it(backend: str) -> Non
     for _ in range(7):
         param.grad = torch.ones(4)
         optimizer.step()
-    other_param, other = make(0.5)
+    _, other = make(0.5)
     other.load_state_dict(round_trip(optimizer.state_dict()))
     assert other.schedule_step == 7
     assert other.param_groups[0]["schedule"] == optimizer.param_groups[0]["schedule"]

@@ -195,7 +195,9 @@ def test_cleared_and_replaced_state(backend: str) -> None:
                 optimizer.state.clear()
             if i == 3:
                 optimizer.state[param] = {
-                    "step": torch.tensor(9.0), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)
+                    "step": torch.tensor(9.0),
+                    "exp_avg": torch.ones(3),
+                    "exp_avg_sq": torch.ones(3),
                 }
             if i == 5:
                 optimizer.state[param]["exp_avg"] = torch.full((3,), 2.0)

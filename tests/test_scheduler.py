@@ -21,7 +21,12 @@ from .pairs import Pair, make_pair, train
 
 def told(pair: Pair) -> list[Any]:
     groups = pair.optimizer.param_groups
-    return [[g["lr"] for g in groups], [g["betas"] for g in groups], pair.scheduler.get_last_lr(), pair.scheduler.last_epoch]
+    return [
+        [g["lr"] for g in groups],
+        [g["betas"] for g in groups],
+        pair.scheduler.get_last_lr(),
+        pair.scheduler.last_epoch,
+    ]
 
 
 def assert_tell_the_same(ours: Pair, theirs: Pair) -> None:

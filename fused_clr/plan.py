@@ -35,7 +35,8 @@ class LaunchPlan(NamedTuple):
 
     Attributes:
         active: int, indices of the tensors that are updated, in order.
-        chunk_table: int64[num_chunks]: tensor index << 32 | chunk of that tensor; one launch after another.
+        chunk_table: int64[num_chunks]: tensor index << 32 | chunk of that tensor; one launch after another. One unused
+            word where nothing is updated, since a table needs an address.
         launches: The ranges of ``chunk_table``, one per dtype combination; at least one, perhaps empty.
     """
 
@@ -76,14 +77,16 @@ def plan_launches(
             dtypes = real_dtype(params[index].dtype), real_dtype(grad.dtype)
             combinations.setdefault(DtypeCombination(*dtypes, amsgrad[index]), []).append(index)
 
-    tables, launches, first = [np.empty(0, np.int64)], [], 0
+    tables, launches, first = [], [], 0
     for combination, indices in combinations.items():
         words = chunk_words(indices, [real_numel(params[index]) for index in indices], block_size)
         tables.append(words)
         launches.append(ChunkRange(combination, first, len(words)))
         first += len(words)
-    # The schedule ticks also when nothing is updated.
-    launches = launches or [ChunkRange(DtypeCombination(torch.float32, torch.float32, False), 0, 0)]
+    if not launches:
+        # The schedule ticks all the same.
+        launches = [ChunkRange(DtypeCombination(torch.float32, torch.float32, False), 0, 0)]
+        tables = [np.zeros(1, np.int64)]
     return LaunchPlan(active, np.concatenate(tables), launches)
 
 

@@ -76,6 +76,7 @@ class Engine(ABC, Generic[Plan]):
                 dict.__setitem__(state[param], "step", view)
         # Grads may change dtype from step to step only where a parameter's grad_dtype allows it.
         self._grad_dtypes_vary = any(getattr(param, "grad_dtype", param.dtype) is None for param in self.params)
+        self._has_complex = any(param.is_complex() for param in self.params)
         self.drop_plans()
 
     # What a backend provides.
@@ -151,6 +152,9 @@ class Engine(ABC, Generic[Plan]):
             layout = None
         if layout is not None and self._grad_dtypes_vary:
             layout += [g if g is None else g.dtype for g in grads]
+        if layout is not None and self._has_complex:
+            # Both bits mean that memory does not hold what the tensor says.
+            layout += [g if g is None else (g.is_conj(), g.is_neg()) for g in grads]
         if self._plan is not None and layout == self._layout:
             return self._plan
 

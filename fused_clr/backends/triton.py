@@ -4,78 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..hyperparameters import Hyperparameters, same_layout
 from ..kernels import adam as kernels
 from ..kernels.schedule import BASE_LR, HYPER_COLUMNS
-from ..plan import LaunchPlan, plan_launches, real_numel
+from ..plan import plan_launches, real_numel
 from . import launch as launcher
+from .device_plan import DEFAULT_CONFIG, TRITON_DTYPES, DevicePlan, DeviceTables, upload
 from .engine import DevicesChangedError, Engine
 from .hyper_table import encode
 from .launch import INTERPRETED, Launch
-
-TRITON_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
-
-class LaunchConfig(NamedTuple):
-    """How kernels are compiled and how large their grid is.
-
-    Attributes:
-        block_size: Elements of a chunk.
-        num_warps: Warps of a program.
-        lanes: Lanes of an evaluator; no more than a program's threads, or it would do its float64 work twice.
-        programs_per_multiprocessor: Updaters each multiprocessor gets; each loops over its chunks, since a program per
-            chunk would retire a million times at one address.
-    """
-
-    block_size: int = 2048
-    num_warps: int = 8
-    lanes: int = 256
-    programs_per_multiprocessor: int = 8
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Compile options. Contraction to FMA is stated, since Triton's default changes between versions."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-DEFAULT_CONFIG = LaunchConfig()
-
-
-class DeviceTables(NamedTuple):
-    """A plan's tables on the device: int64[num_tensors, TENSOR_COLUMNS] and int64[num_chunks]."""
-
-    tensor_table: Tensor
-    chunk_table: Tensor
-
-
-class DevicePlan:
-    """A `LaunchPlan` with its device tables, and the addresses last uploaded to them."""
-
-    def __init__(self, plan: LaunchPlan, rows: NDArray[np.int64], buffers: dict[int, Tensor], engine: TritonEngine):
-        self.plan = plan
-        self.rows = rows
-        # Gradients whose layout is not their parameter's are copied into these, by tensor index.
-        self.buffers = buffers
-        self.params = [engine.params[index] for index in plan.active]
-        self.addresses: list[int] = []
-        self.chunk_words = plan.chunk_table if len(plan.chunk_table) else np.zeros(1, np.int64)
-        self.tables = engine.allocate_tables(self)
-        self.spare_tables: DeviceTables | None = None
-        self.launches: list[Launch] = []
-        self.compiled: list[Any] = []
 
 
 class TritonEngine(Engine[DevicePlan]):
@@ -120,7 +63,7 @@ class TritonEngine(Engine[DevicePlan]):
         for index, record in enumerate(self.records):
             self._idle_rows[index, kernels.GROUP.value] = record.group_index
             self._idle_rows[index, kernels.NUMEL.value] = real_numel(record.param)
-        self._idle_table = self._upload(self._idle_rows)
+        self._idle_table = upload(self._idle_rows, self.device)
         self._mirror_version = self.step_mirror._version
         # Tables that captured or recorded launches read, kept for as long as one may be replayed.
         self._captured_tables: list[Any] = []
@@ -135,20 +78,6 @@ class TritonEngine(Engine[DevicePlan]):
     # -- device memory ------------------------------------------------------------------------------------------------
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
-
-    def _upload(self, array: NDArray[Any], out: Tensor | None = None) -> Tensor:
-        """Copies a host array to the device without waiting for it."""
-        host = torch.from_numpy(array.copy())
-        if self.device.type == "cuda":
-            # Torch's pinned allocator gives a block out again only when the copies from it are done.
-            host = host.pin_memory()
-        if out is None:
-            return host.to(self.device, non_blocking=True)
-        return out.copy_(host, non_blocking=True)
-
-    def allocate_tables(self, plan: DevicePlan) -> DeviceTables:
-        """Device tables for a plan; the chunk table filled, the tensor table not yet."""
-        return DeviceTables(torch.empty_like(self._idle_table), self._upload(plan.chunk_words))
 
     def _on_device(self) -> AbstractContextManager[Any]:
         if self.device.type != "cuda" or torch.cuda.current_device() == self.device.index:
@@ -172,12 +101,12 @@ class TritonEngine(Engine[DevicePlan]):
             self.drop_plans()
         self.hyperparameters = list(hyperparameters)
         self._last_step = table.last_step
-        self._upload(table.rows, out=self.hyper_table)
+        upload(table.rows, self.device, out=self.hyper_table)
         if len(table.scale_table) == len(self.scale_table):
-            self._upload(table.scale_table, out=self.scale_table)
+            upload(table.scale_table, self.device, out=self.scale_table)
         else:
             self._captured_tables.append(self.scale_table)
-            self.scale_table = self._upload(table.scale_table)
+            self.scale_table = upload(table.scale_table, self.device)
         constants = (table.kinds, table.max_unit_shift, table.scale_functions, len(self.scale_table))
         if constants != self._schedule_constants:
             self._schedule_constants = constants
@@ -229,7 +158,7 @@ class TritonEngine(Engine[DevicePlan]):
             rows[index, kernels.EXP_AVG_SQ.value] = state["exp_avg_sq"].data_ptr()
             if amsgrad[index]:
                 rows[index, kernels.MAX_EXP_AVG_SQ.value] = state["max_exp_avg_sq"].data_ptr()
-        return DevicePlan(plan, rows, buffers, self)
+        return DevicePlan(plan, [self.params[index] for index in plan.active], rows, buffers, self.device)
 
     def prepare(self) -> None:
         """See `Engine.prepare`."""
@@ -252,41 +181,39 @@ class TritonEngine(Engine[DevicePlan]):
         self._load_addresses(plan, grads, keeps_tables)
 
     def _load_addresses(self, plan: DevicePlan, grads: list[Tensor | None], keeps_tables: bool) -> None:
-        active_grads: list[Any] = [grads[index] for index in plan.plan.active] if plan.plan.active else []
+        active_grads: list[Any] = [grads[index] for index in plan.plan.active]
         for index, buffer in plan.buffers.items():
             active_grads[plan.plan.active.index(index)] = buffer.copy_(grads[index])  # type: ignore[arg-type]
         addresses = [param.data_ptr() for param in plan.params]
         addresses += [grad.data_ptr() for grad in active_grads]
-        if addresses != plan.addresses or keeps_tables or not plan.launches:
+        if addresses != plan.addresses or keeps_tables:
             if any(param.device != self.device for param in plan.params):
                 raise DevicesChangedError
-            count = len(plan.params)
-            plan.rows[plan.plan.active, kernels.PARAM.value] = addresses[:count]
-            plan.rows[plan.plan.active, kernels.GRAD.value] = addresses[count:]
+            plan.set_addresses(addresses)
             if keeps_tables:
-                tables = self._tables_to_keep(plan)
-                self._ready = self._compiled_launches(plan, tables)
+                self._ready = self._compiled_launches(plan, self._tables_to_keep(plan))
                 return
-            self._upload(plan.rows, out=plan.tables.tensor_table)
+            upload(plan.rows, self.device, out=plan.tables.tensor_table)
             plan.addresses = addresses
-            if not plan.launches:
-                ready = self._compiled_launches(plan, plan.tables)
-                plan.launches, plan.compiled = [launch for launch, _ in ready], [compiled for _, compiled in ready]
-        if self.device.type == "cuda" and plan.spare_tables is None and not keeps_tables:
-            plan.spare_tables = self.allocate_tables(plan)
-        self._ready = list(zip(plan.launches, plan.compiled, strict=True))
+        if not plan.launches:
+            plan.launches = self._compiled_launches(plan, plan.tables)
+            if plan.spare_tables is None and self.device.type == "cuda":
+                plan.spare_tables = plan.new_tables()
+        self._ready = plan.launches
 
     def _tables_to_keep(self, plan: DevicePlan) -> DeviceTables:
         """Tables of a captured or recorded launch's own: no later step rewrites them."""
         if not self._capturing:
-            tables = self.allocate_tables(plan)
-            self._upload(plan.rows, out=tables.tensor_table)
+            tables = plan.new_tables()
+            upload(plan.rows, self.device, out=tables.tensor_table)
         elif plan.spare_tables is None:
             raise RuntimeError("a second capture needs tables of its own: take one eager step before it")
         else:
             # Not from the graph's private pool, which reuses its blocks, and not by a copy node, which would read the
             # host's memory again at every replay.
             tables, plan.spare_tables = plan.spare_tables, None
+            # The next eager step makes new ones.
+            plan.launches = []
             stream = torch.cuda.Stream(self.device)
             with torch.cuda.stream(stream):
                 tables.tensor_table.copy_(torch.from_numpy(plan.rows.copy()))
@@ -396,7 +323,7 @@ class TritonEngine(Engine[DevicePlan]):
     def set_update_steps(self, steps: Sequence[int]) -> None:
         """See `Engine.set_update_steps`."""
         self._refuse_capture("update steps were set")
-        self._upload(np.array(steps, np.int64), out=self.update_steps)
+        upload(np.array(steps, np.int64), self.device, out=self.update_steps)
         self.step_mirror.copy_(self.update_steps)
         self._mirror_version = self.step_mirror._version
         self._prime()

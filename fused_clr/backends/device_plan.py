@@ -78,7 +78,7 @@ class DevicePlan:
         self.rows = rows
         self.buffers = buffers
         self.device = device
-        self.addresses: list[int] = []
+        self.addresses: list[int] | None = None
         # What a launch needs besides addresses: the kernel with its arguments, and what it was compiled to.
         self.launches: list[tuple[Launch, Any]] = []
         self.tables = self.new_tables()

@@ -446,7 +446,7 @@ def adam_kernel(
         # `!=` and not `> 0`: a NaN must skip too.
         skip = tl.load(found_inf_ptr) != 0
         if not skip:
-            if program_id < num_evaluators:
+            if IS_LAST and program_id < num_evaluators:
                 evaluate(
                     program_id * LANES,
                     step + 1,

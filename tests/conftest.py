@@ -1,6 +1,7 @@
 """Triton runs in its interpreter for the whole test process, so that the real kernels run on the CPU."""
 
 import os
+from typing import Any
 
 # Before triton is imported. The tests marked `gpu` run in a process of their own (bench/on_gpu.sh).
 if os.environ.get("FUSED_CLR_TEST_GPU") != "1":
@@ -21,6 +22,23 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The triton backend, in the interpreter."""
     monkeypatch.setenv("FUSED_CLR_BACKEND", "triton")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_rounds_to_bfloat16() -> None:
+    """Makes the interpreter round float32 to bfloat16 as GPUs do, to nearest even; by itself it cuts 16 bits off.
+
+    That is a bias which moments add up, and which torch's own kernels do not have.
+    """
+    from triton.runtime import interpreter
+
+    def convert_float(value: Any, from_dtype: Any, to_dtype: Any, rounding_mode: Any) -> Any:
+        if (str(from_dtype), str(to_dtype)) != ("fp32", "bf16"):
+            return original(value, from_dtype, to_dtype, rounding_mode)
+        return torch.from_numpy(value.copy()).bfloat16().view(torch.uint16).numpy()
+
+    original = interpreter._convert_float
+    interpreter._convert_float = convert_float
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Measurements and audits. Not part of the package: run from a checkout."""

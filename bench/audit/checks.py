@@ -1,0 +1,76 @@
+"""What the audit asks of a compiled variant."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fused_clr.backends.triton import DEFAULT_CONFIG
+
+from .assembly import UnreadableError
+from .machine_code import WIDE_BYTES, Reading, read_amdgcn, read_cubin
+from .retire import retire_problems
+from .variants import DTYPES, TARGETS, Kernels, Variant
+
+
+class Result(NamedTuple):
+    """A variant's reading and what is wrong with it.
+
+    Attributes:
+        variant: What was compiled.
+        reading: None if it did not compile.
+        loaded: Bytes loaded per element by 128-bit loads.
+        stored: Bytes stored per element by 128-bit stores.
+        problems: Sentences; none if all is well.
+    """
+
+    variant: Variant
+    reading: Reading | None
+    loaded: float
+    stored: float
+    problems: list[str]
+
+
+def bytes_per_element(variant: Variant) -> tuple[int, int]:
+    """Bytes that an update has to load and store per element: each tensor once."""
+    param, grad = (DTYPES[name].itemsize for name in (variant.param_dtype, variant.grad_dtype))
+    moments = 3 if variant.amsgrad else 2
+    return param + grad + moments * param, param + moments * param
+
+
+def read(kernels: Kernels, variant: Variant, compiled: Any) -> Reading:
+    """The reading of a compiled variant."""
+    if TARGETS[variant.target].backend == "cuda":
+        return read_cubin(compiled.asm["cubin"], variant.num_warps)
+    return read_amdgcn(
+        compiled.asm["amdgcn"], variant.num_warps, kernels.access_lines, kernels.aligned_call_line
+    )
+
+
+def audit(kernels: Kernels, variant: Variant) -> Result:
+    """Compiles a variant and checks it."""
+    try:
+        compiled = kernels.compile(variant)
+    # Whatever the compiler raises is a finding about this variant, and the others still want to be looked at.
+    except Exception as error:
+        return Result(variant, None, 0, 0, [f"does not compile: {type(error).__name__}: {str(error).strip()[-500:]}"])
+    reading = read(kernels, variant, compiled)
+    problems = [f"spills: {reading.spills}"] if reading.spills else []
+    if variant.kernel != "adam_kernel":
+        return Result(variant, reading, 0, 0, problems)
+
+    bytes_per_access = WIDE_BYTES * DEFAULT_CONFIG.num_warps * 32 / DEFAULT_CONFIG.block_size
+    loaded, stored = reading.wide_loads * bytes_per_access, reading.wide_stores * bytes_per_access
+    expected = bytes_per_element(variant)
+    for verb, found, wanted in (("load", loaded, expected[0]), ("store", stored, expected[1])):
+        if found != wanted:
+            problems.append(f"128-bit accesses {verb} {found:g} bytes per element, not {wanted}")
+    if variant.is_last:
+        dialect = "ptx" if TARGETS[variant.target].backend == "cuda" else "amdgcn"
+        try:
+            problems += retire_problems(compiled.asm[dialect], dialect)
+        except UnreadableError as error:
+            problems.append(f"the retire protocol cannot be read: {error}")
+    elif reading.float64 and variant.param_dtype != "float64":
+        # Updaters alone: what there is of float64 is done per element.
+        problems.append(f"{reading.float64} float64 instructions in an updater of {variant.param_dtype}")
+    return Result(variant, reading, loaded, stored, problems)

@@ -1,0 +1,113 @@
+"""Readers of SASS and AMDGCN: registers, spills, the width of memory accesses, float64 arithmetic."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Container
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# Of an NVIDIA multiprocessor, sm_80 to sm_100: registers, threads, and what a warp's registers are rounded up to.
+REGISTERS = 65536
+THREADS = 2048
+REGISTER_UNIT = 256
+# Of an AMD compute unit, gfx9.
+SIMDS = 4
+
+WIDE_BYTES = 16
+
+
+class Reading(NamedTuple):
+    """What a kernel's machine code says about it.
+
+    Attributes:
+        registers: Of a thread.
+        blocks: Programs that fit on a multiprocessor, going by registers and threads.
+        spills: Bytes of local memory of a thread, and instructions that access it, as text; empty if there are none.
+        wide_loads: 128-bit loads a thread does in the path of whole, aligned chunks.
+        wide_stores: Likewise.
+        float64: Float64 arithmetic instructions; conversions are none.
+    """
+
+    registers: int
+    blocks: int
+    spills: str
+    wide_loads: int
+    wide_stores: int
+    float64: int
+
+
+def _run_cuobjdump(option: str, cubin: Path) -> str:
+    return subprocess.run([TOOLS / "cuobjdump", option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def read_cubin(cubin: bytes, num_warps: int) -> Reading:
+    """Reads NVIDIA machine code. All 128-bit accesses count: nothing but the chunk path may have any."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, sass = _run_cuobjdump("-res-usage", path), _run_cuobjdump("-sass", path)
+    counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
+    local = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
+    has_local = counts["STACK"] or counts["LOCAL"] or local
+    warp_registers = -(-counts["REG"] * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    return Reading(
+        registers=counts["REG"],
+        blocks=min(REGISTERS // warp_registers, THREADS // 32) // num_warps,
+        spills=f"STACK:{counts['STACK']} LOCAL:{counts['LOCAL']}, {local} LDL/STL" if has_local else "",
+        wide_loads=sum(bool(re.fullmatch(r"LDG\b.*\.128\b.*", opcode)) for opcode in opcodes),
+        wide_stores=sum(bool(re.fullmatch(r"STG\b.*\.128\b.*", opcode)) for opcode in opcodes),
+        # Comparisons and minima too; F2F, I2F and F2I convert.
+        float64=sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX|SET)\b|MUFU\.\w+64H", opcode)) for opcode in opcodes),
+    )
+
+
+def read_amdgcn(text: str, num_warps: int, access_lines: Container[int], call_line: int) -> Reading:
+    """Reads AMD machine code.
+
+    LLVM merges neighbouring loads here, unaligned ones and those of table rows too. So an access counts by its source:
+    on one of ``access_lines``, inlined from ``call_line``.
+
+    Args:
+        text: A listing with line information.
+        num_warps: Wavefronts of a program.
+        access_lines: Lines that load and store the elements of a chunk.
+        call_line: Line of the call that handles whole, aligned chunks.
+    """
+    figures = {
+        name: int(re.search(pattern, text)[1])
+        for name, pattern in {
+            "registers": r"\.vgpr_count:\s*(\d+)",
+            "vector spills": r"\.vgpr_spill_count:\s*(\d+)",
+            "scalar spills": r"\.sgpr_spill_count:\s*(\d+)",
+            "scratch bytes": r"\.private_segment_fixed_size:\s*(\d+)",
+            "waves": r"; Occupancy:\s*(\d+)",
+        }.items()
+    }
+    wide = {"load": 0, "store": 0}
+    float64 = 0
+    in_chunk_path = False
+    for line in text.splitlines():
+        if location := re.match(r"\s*\.loc\s+\d+\s+(\d+)[^;]*;?(.*)", line):
+            callers = {int(number) for number in re.findall(r"@\[ \S+?:(\d+):", location[2])}
+            in_chunk_path = int(location[1]) in access_lines and call_line in callers
+        elif access := re.match(r"\s+(?:global|flat|buffer)_(load|store)_dwordx4\b", line):
+            wide[access[1]] += in_chunk_path
+        elif re.match(r"\s+v_(?!cvt|mov|accvgpr)\w+_f64", line):
+            float64 += 1
+    spills = [f"{figures[name]} {name}" for name in figures if name.split()[-1] in ("spills", "bytes") and figures[name]]
+    return Reading(
+        registers=figures["registers"],
+        blocks=figures["waves"] * SIMDS // num_warps,
+        spills=", ".join(spills),
+        wide_loads=wide["load"],
+        wide_stores=wide["store"],
+        float64=float64,
+    )

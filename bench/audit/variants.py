@@ -1,0 +1,174 @@
+"""The variants of the kernels that users compile, and how to compile one without a GPU."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_clr.backends.triton import DEFAULT_CONFIG
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16, "float64": tl.float64}
+# Parameters, gradients.
+COMBINATIONS = [(name, name) for name in DTYPES] + [("float32", "bfloat16")]
+
+# Pointers to anything but int64.
+POINTERS = {
+    "hyper_table_ptr": "*fp64",
+    "scale_table_ptr": "*fp64",
+    "scalars_ptr": "*fp32",
+    "scalars_float64_ptr": "*fp64",
+    "step_mirror_ptr": "*fp32",
+    "live_ptr": "*fp64",
+    "grad_scale_ptr": "*fp32",
+    "found_inf_ptr": "*fp32",
+}
+
+
+@triton.jit
+def inverse_growth(x):
+    """A user's ``scale_fn``, as in the documentation of torch's CyclicLR.
+
+    Args:
+        x: float64 block.
+
+    Returns:
+        float64 block.
+    """
+    return 1 / (5**0.5 * x + 1)
+
+
+class Variant(NamedTuple):
+    """One way to compile a kernel.
+
+    Attributes:
+        target: A key of TARGETS.
+        kernel: "adam_kernel" or "prime_kernel".
+        all_kinds: Every kind of schedule, a ``scale_fn`` and step sizes that are no integers; or constants alone.
+        param_dtype: A key of DTYPES. For adam_kernel alone, as are the next four.
+        grad_dtype: A key of DTYPES.
+        amsgrad: See the kernel.
+        is_last: See the kernel.
+        ones: Every integer argument is the constant 1, which is how Triton may specialise it.
+    """
+
+    target: str
+    kernel: str
+    all_kinds: bool
+    param_dtype: str = "float32"
+    grad_dtype: str = "float32"
+    amsgrad: bool = False
+    is_last: bool = True
+    ones: bool = False
+
+    @property
+    def name(self) -> str:
+        """Words that tell variants apart."""
+        words = [self.target, self.kernel.removesuffix("_kernel")]
+        if self.kernel == "adam_kernel":
+            words.append(self.param_dtype)
+            words += [f"grad={self.grad_dtype}"] if self.grad_dtype != self.param_dtype else []
+            words += ["amsgrad"] if self.amsgrad else []
+            words.append("last" if self.is_last else "not-last")
+        words += [("all-kinds" if self.all_kinds else "constants")] if self.is_last else []
+        words += ["ones"] if self.ones else []
+        return " ".join(words)
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program: as many threads on every target."""
+        return DEFAULT_CONFIG.num_warps * 32 // TARGETS[self.target].warp_size
+
+
+def all_variants() -> list[Variant]:
+    """Every variant the audit looks at. Without evaluators the kinds make no difference."""
+    variants = []
+    for target in TARGETS:
+        for (param, grad), amsgrad in itertools.product(COMBINATIONS, (False, True)):
+            variants += [
+                Variant(target, "adam_kernel", True, param, grad, amsgrad),
+                Variant(target, "adam_kernel", False, param, grad, amsgrad),
+                Variant(target, "adam_kernel", False, param, grad, amsgrad, is_last=False),
+            ]
+        variants.append(Variant(target, "adam_kernel", True, ones=True))
+        variants += [
+            Variant(target, "prime_kernel", all_kinds, ones=ones) for all_kinds in (False, True) for ones in (False, True)
+        ]
+    return variants
+
+
+class Kernels:
+    """A folder of kernels: ours, or a changed copy.
+
+    Attributes:
+        adam: The module adam.py.
+        access_lines: Lines of adam.py that load and store the elements of a chunk.
+        aligned_call_line: Line of the call that handles whole, aligned chunks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # A package of another name, so that kernels of several folders can be told apart.
+        name = f"audited_kernels_{abs(hash(folder))}"
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__ = [str(folder)]
+        self.adam = importlib.import_module(f"{name}.adam")
+        source = inspect.getsource(self.adam)
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+        self.access_lines = {
+            call.lineno
+            for call in calls
+            if ast.unparse(call.func) in ("tl.load", "tl.store") and ast.unparse(call.args[0]).endswith("_ptr + offsets")
+            if any(keyword.arg == "mask" and ast.unparse(keyword.value) == "mask" for keyword in call.keywords)
+        }
+        aligned = [call.lineno for call in calls for k in call.keywords if ast.unparse(k) == "ALIGNED=True"]
+        (self.aligned_call_line,) = aligned
+
+    def compile(self, variant: Variant) -> Any:
+        """Compiles a variant for its target.
+
+        Returns:
+            Triton's CompiledKernel; only its ``asm`` is of use without a GPU.
+        """
+        kernel = getattr(self.adam, variant.kernel)
+        target = TARGETS[variant.target]
+        constants = {
+            "PARAM_DTYPE": DTYPES[variant.param_dtype],
+            "GRAD_DTYPE": DTYPES[variant.grad_dtype],
+            "AMSGRAD": variant.amsgrad,
+            "IS_LAST": variant.is_last,
+            "KINDS": 0b111111 if variant.all_kinds else 0b1,
+            "MAX_UNIT_SHIFT": 54 if variant.all_kinds else 0,
+            "SCALE_FNS": (inverse_growth,) if variant.all_kinds else (),
+            "BLOCK_SIZE": DEFAULT_CONFIG.block_size,
+            "LANES": DEFAULT_CONFIG.lanes,
+        }
+        signature, values, attributes = {}, {}, {}
+        for parameter in kernel.params:
+            name, index = parameter.name, parameter.num
+            if parameter.is_constexpr or (variant.ones and not name.endswith("_ptr")):
+                signature[name], values[(index,)] = "constexpr", constants.get(name, 1)
+            elif name.endswith("_ptr"):
+                signature[name] = POINTERS.get(name, "*i64")
+                # What a launch would find out about torch's tensors.
+                if not parameter.do_not_specialize_on_alignment:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "i32"
+        source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+        return triton.compile(source, target=target, options={**DEFAULT_CONFIG.options, "num_warps": variant.num_warps})

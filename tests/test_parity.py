@@ -47,7 +47,9 @@ NO_GRADIENT = {3: 2, 7: 5, 10: 3}
 class Run:
     """An optimizer and its scheduler over the tensors above."""
 
-    def __init__(self, kind: Any, scheduler: Any, dtype: torch.dtype, adam: dict[str, Any], cyclic: dict[str, Any]) -> None:
+    def __init__(
+        self, kind: Any, scheduler: Any, dtype: torch.dtype, adam: dict[str, Any], cyclic: dict[str, Any]
+    ) -> None:
         generator = torch.Generator().manual_seed(3)
         self.mixes_layouts = dtype in (torch.float32, torch.float64)
         self.groups = [[torch.nn.Parameter(make(dtype, generator)) for make in makers] for makers in TENSORS]

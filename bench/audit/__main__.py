@@ -1,6 +1,6 @@
 """Compiles the kernels for every target and reads the machine code; exits with 1 if it is not what it should be.
 
-    python -m bench.audit [--match REGEX] [--kernels FOLDER] [--processes 2]
+python -m bench.audit [--match REGEX] [--kernels FOLDER] [--processes 2]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = "{:56} {:>9} {:>6} {:>10} {:>10} {:>8}  {}"
+COLUMNS = "{:56} {:>9} {:>6} {:>12} {:>7}  {}"
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     if not variants:
         print(f"no variant matches {arguments.match!r}", file=sys.stderr)
         return 2
-    print(COLUMNS.format("variant", "registers", "blocks", "loaded B", "stored B", "float64", "problems"))
+    print(COLUMNS.format("variant", "registers", "blocks", "bytes", "float64", "problems"))
     failures = 0
     with multiprocessing.get_context("fork").Pool(arguments.processes) as pool:
         tasks = [(arguments.kernels.resolve(), variant) for variant in variants]
@@ -42,7 +42,9 @@ def main() -> int:
             print(_as_row(result), flush=True)
             failures += bool(result.problems)
     print(f"{len(variants)} variants, {failures} with problems")
-    print("blocks: programs per multiprocessor, going by registers; B: bytes per element in 128-bit accesses")
+    print(
+        "blocks: programs per multiprocessor, going by registers; bytes: loaded + stored per element, 128 bits at a time"
+    )
     return 1 if failures else 0
 
 
@@ -63,10 +65,11 @@ def _audit_in_worker(task):
 def _as_row(result) -> str:
     problems = "; ".join(result.problems) or "ok"
     if result.reading is None:
-        return COLUMNS.format(result.variant.name, "", "", "", "", "", problems)
+        return COLUMNS.format(result.variant.name, "", "", "", "", problems)
     reading = result.reading
-    moved = (f"{result.loaded:g}", f"{result.stored:g}") if result.variant.kernel == "adam_kernel" else ("", "")
-    return COLUMNS.format(result.variant.name, reading.registers, reading.blocks, *moved, reading.float64, problems)
+    total = result.loaded + result.stored
+    moved = f"{result.loaded:g}+{result.stored:g}={total:g}" if total else ""
+    return COLUMNS.format(result.variant.name, reading.registers, reading.blocks, moved, reading.float64, problems)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def _read_amdgcn_instruction(text: str, source_line: int) -> Instruction:
     if opcode.startswith(OPAQUE_BRANCHES):
         raise UnreadableError(f"cannot follow {text!r}")
     if opcode.startswith(("s_branch", "s_cbranch")):
-        return Instruction(text, targets=(operands.strip(),), falls_through=opcode != "s_branch", source_line=source_line)
+        is_conditional = opcode != "s_branch"
+        return Instruction(text, targets=(operands,), falls_through=is_conditional, source_line=source_line)
     if opcode == "s_endpgm":
         return Instruction(text, falls_through=False, source_line=source_line)
     kind = "other"

@@ -41,9 +41,7 @@ def read(kernels: Kernels, variant: Variant, compiled: Any) -> Reading:
     """The reading of a compiled variant."""
     if TARGETS[variant.target].backend == "cuda":
         return read_cubin(compiled.asm["cubin"], variant.num_warps)
-    return read_amdgcn(
-        compiled.asm["amdgcn"], variant.num_warps, kernels.access_lines, kernels.aligned_call_line
-    )
+    return read_amdgcn(compiled.asm["amdgcn"], variant.num_warps, kernels.access_lines, kernels.aligned_call_line)
 
 
 def audit(kernels: Kernels, variant: Variant) -> Result:

@@ -102,11 +102,11 @@ def read_amdgcn(text: str, num_warps: int, access_lines: Container[int], call_li
             wide[access[1]] += in_chunk_path
         elif re.match(r"\s+v_(?!cvt|mov|accvgpr)\w+_f64", line):
             float64 += 1
-    spills = [f"{figures[name]} {name}" for name in figures if name.split()[-1] in ("spills", "bytes") and figures[name]]
+    kinds_of_spill = ("vector spills", "scalar spills", "scratch bytes")
     return Reading(
         registers=figures["registers"],
         blocks=figures["waves"] * SIMDS // num_warps,
-        spills=", ".join(spills),
+        spills=", ".join(f"{figures[name]} {name}" for name in kinds_of_spill if figures[name]),
         wide_loads=wide["load"],
         wide_stores=wide["store"],
         float64=float64,

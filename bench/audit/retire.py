@@ -1,7 +1,7 @@
 """The retire protocol, proven on compiled code.
 
-A program's last act is to count itself done in the clock, and the last program to do so ticks the clock. Were a warp able
-to count its program before another warp has read the clock, that other warp could read the next step's.
+A program's last act is to count itself done in the clock, and the last program to do so ticks the clock. Were a warp
+able to count its program before another warp has read the clock, that other warp could read the next step's.
 """
 
 from __future__ import annotations

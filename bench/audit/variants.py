@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import itertools
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -107,9 +108,8 @@ def all_variants() -> list[Variant]:
                 Variant(target, "adam_kernel", False, param, grad, amsgrad, is_last=False),
             ]
         variants.append(Variant(target, "adam_kernel", True, ones=True))
-        variants += [
-            Variant(target, "prime_kernel", all_kinds, ones=ones) for all_kinds in (False, True) for ones in (False, True)
-        ]
+        primes = itertools.product((False, True), (False, True))
+        variants += [Variant(target, "prime_kernel", all_kinds, ones=ones) for all_kinds, ones in primes]
     return variants
 
 
@@ -133,8 +133,7 @@ class Kernels:
         self.access_lines = {
             call.lineno
             for call in calls
-            if ast.unparse(call.func) in ("tl.load", "tl.store") and ast.unparse(call.args[0]).endswith("_ptr + offsets")
-            if any(keyword.arg == "mask" and ast.unparse(keyword.value) == "mask" for keyword in call.keywords)
+            if re.match(r"tl\.(load|store)\(\w+_ptr \+ offsets,.*\bmask=mask\)", ast.unparse(call))
         }
         aligned = [call.lineno for call in calls for k in call.keywords if ast.unparse(k) == "ALIGNED=True"]
         (self.aligned_call_line,) = aligned

@@ -30,7 +30,8 @@ def exact_height_and_scale(schedule: Cyclic, step: int) -> tuple[Fraction, Fract
     cycle, phase = divmod(Fraction(step), up + down)
     height = phase / up if phase <= up else (up + down - phase) / down
     if schedule.mode == "triangular2":
-        return height, Fraction(1, 2 ** int(cycle))
+        # Nothing that a float64 can tell from 0 is left after 4,096 halvings; Python cannot hold 2**(2**50) either.
+        return height, Fraction(1, 2 ** int(cycle)) if cycle < 4096 else Fraction(0)
     if schedule.mode == "exp_range":
         return height, Fraction(schedule.gamma) ** step
     return height, Fraction(1)

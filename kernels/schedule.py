@@ -131,7 +131,7 @@ def scale_of_cycle(
         scale = tl.where(kind == TRIANGULAR2, power_of_half(cycle), scale)
     if EXP_RANGE & KINDS:
         # gamma = 0 has log2 -inf, and -inf * 0 would be NaN where 0**0 is 1.
-        power = tl.where(step == 0, 1.0, tl.exp2(step.to(tl.float64) * log2_gamma))
+        power = tl.where(step == 0, 1.0, tl.exp2(tl.maximum(step, 1).to(tl.float64) * log2_gamma))
         scale = tl.where(kind == EXP_RANGE, power, scale)
     if TABULATED & KINDS:
         tabulated = valid & (kind == TABULATED)

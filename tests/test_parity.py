@@ -74,7 +74,7 @@ class Run:
         return told
 
 
-# Pairwise over mode, cycle_momentum, weight decay form, amsgrad, maximize and dtype: every pair of values stands in a row.
+# Over mode, cycle_momentum, weight decay form, amsgrad, maximize and dtype: a covering selection of rows.
 COVERING = [
     ("triangular", True, "l2", False, False, torch.float32),
     ("triangular", False, "decoupled", True, True, torch.float64),

@@ -52,11 +52,10 @@ def test_declared_error_inputs_raise(name: str) -> None:
         params = case.optimizer_error_input.params
         if params is None:
             params = [torch.nn.Parameter(torch.ones(2))]
-        combines_foreach = arguments.get("foreach") and any(
-            isinstance(value, (torch.Tensor, tuple)) for value in (arguments.get("lr"), arguments.get("betas"))
-        )
-        if combines_foreach or "fused" in arguments or "capturable" in arguments:
-            # Errors of torch's implementations, of which ours has one.
+        hyperparameters = [arguments.get("lr"), *arguments.get("betas", ())]
+        tensors = [value for value in hyperparameters if isinstance(value, torch.Tensor)]
+        if tensors and all(tensor.numel() == 1 for tensor in tensors):
+            # Combinations that one of torch's implementations lacks; ours takes any.
             PAIRS[name][1](params, **arguments)
             continue
         # UserWarning: duplicate parameters, which torch warns of and ours then refuses.

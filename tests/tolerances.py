@@ -19,12 +19,8 @@ AFTER_STEPS = {
         1e-11, 1e-12, "60 steps of a few 1.1e-16 roundings, times 1 / (1 - beta2) for the moments"
     ),
     torch.float32: Tolerance(2e-5, 2e-6, "60 steps of a few 6e-8 roundings; sqrt and division magnify small v"),
-    torch.bfloat16: Tolerance(
-        6e-2, 2e-2, "a rounding is 2**-9; another rounding of a moment moves later updates by a few"
-    ),
-    torch.float16: Tolerance(
-        8e-3, 3e-3, "a rounding is 2**-12; another rounding of a moment moves later updates by a few"
-    ),
+    torch.bfloat16: Tolerance(6e-2, 2e-2, "a rounding is 2**-9, and one moves later updates by a few"),
+    torch.float16: Tolerance(8e-3, 3e-3, "a rounding is 2**-12, and one moves later updates by a few"),
 }
 
 # Of a learning rate or beta1 told by param_groups, against torch's formula.

@@ -339,8 +339,8 @@ def one_chunk_kernel(
     tensor_table_ptr,
     scalars_ptr,
     grad_scale_ptr,
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
-    ALIGNED: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     update_chunk(
         tensor_table_ptr,
@@ -388,7 +388,7 @@ def one_update_kernel(
     chunk_table_ptr,
     scalars_ptr,
     grad_scale_ptr,
-    BLOCK_SIZE: tl.constexpr,  # noqa: N803
+    BLOCK_SIZE: tl.constexpr,
 ):
     update(
         tl.program_id(0),

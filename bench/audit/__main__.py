@@ -43,7 +43,7 @@ def main() -> int:
             failures += bool(result.problems)
     print(f"{len(variants)} variants, {failures} with problems")
     print(
-        "blocks: programs per multiprocessor, going by registers; bytes: loaded + stored per element, 128 bits at a time"
+        "blocks: programs per multiprocessor, going by registers; bytes: loaded + stored per element, in 128-bit accesses"
     )
     return 1 if failures else 0
 

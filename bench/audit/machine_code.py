@@ -43,8 +43,8 @@ class Reading(NamedTuple):
     float64: int
 
 
-def _run_cuobjdump(option: str, cubin: Path) -> str:
-    return subprocess.run([TOOLS / "cuobjdump", option, cubin], capture_output=True, text=True, check=True).stdout
+def _run(tool: str, *arguments: str | Path) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def read_cubin(cubin: bytes, num_warps: int) -> Reading:
@@ -52,7 +52,8 @@ def read_cubin(cubin: bytes, num_warps: int) -> Reading:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, sass = _run_cuobjdump("-res-usage", path), _run_cuobjdump("-sass", path)
+        # Without data flow, which takes as long as the rest.
+        usage, sass = _run("cuobjdump", "-res-usage", path), _run("nvdisasm", "-c", "-ndf", path)
     counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass)
     local = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)

@@ -117,7 +117,7 @@ class FusedAdam(torch.optim.Optimizer):
         self._state = OptimizerState(self._on_state_change)
         for key, entry in value.items():
             self._state[key] = entry
-        self._engines.structure_changed = True
+        self._engines.restructure()
 
     def _on_state_change(self, _key: Any) -> None:
         self._engines.state_changed = True
@@ -125,7 +125,7 @@ class FusedAdam(torch.optim.Optimizer):
     def _on_group_change(self, key: Any) -> None:
         self._engines.hyperparameters_changed = True
         if key == "params":
-            self._engines.structure_changed = True
+            self._engines.restructure()
 
     def _make_group(self, values: dict[str, Any]) -> ParamGroup:
         return ParamGroup(values, self._on_group_change, self._read_live)
@@ -162,7 +162,7 @@ class FusedAdam(torch.optim.Optimizer):
         group = self._make_group({**plain, "schedule": None})
         group.set_schedule(schedule)
         self.param_groups.append(group)
-        self._engines.structure_changed = True
+        self._engines.restructure()
 
     # -- the step -----------------------------------------------------------------------------------------------------
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]

@@ -29,7 +29,8 @@ def record_launches() -> Iterator[RecordedGraph]:
 
     Needs the triton backend (on a machine without a GPU: ``TRITON_INTERPRET=1`` and ``FUSED_CLR_BACKEND=triton``).
     Unlike a real capture, recording also runs the launches, once. A recorded step keeps tables of its own, as a
-    captured one does: later eager steps over other gradients do not disturb it.
+    captured one does: later eager steps over other gradients do not disturb it. Kernels alone are recorded: a tensor
+    ``lr`` counts as it was, and a gradient that must be copied into its parameter's layout first is refused.
 
     Yields:
         The `RecordedGraph`.

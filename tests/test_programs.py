@@ -97,7 +97,7 @@ def in_order(monkeypatch: pytest.MonkeyPatch, permuted: Callable[[int], Sequence
 def make_optimizer(**options: Any) -> FusedAdam:
     """Two groups, four odd tensors, float32 and float64: two launches a step, the last with three evaluators."""
     generator = torch.Generator().manual_seed(5)
-    shapes = ((3,), (5 * BLOCK_SIZE + 1,), (BLOCK_SIZE,), (2, 40))
+    shapes = ((BLOCK_SIZE - 1,), (5 * BLOCK_SIZE + 1,), (BLOCK_SIZE,), (2, 40))
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     params[2].data = params[2].data.double()
     groups = [{"params": params[:2]}, {"params": params[2:], "betas": (0.9, 0.99), "weight_decay": 0.1}]

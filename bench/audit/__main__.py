@@ -42,9 +42,7 @@ def main() -> int:
             print(_as_row(result), flush=True)
             failures += bool(result.problems)
     print(f"{len(variants)} variants, {failures} with problems")
-    print(
-        "blocks: programs per multiprocessor, going by registers; bytes: loaded + stored per element, in 128-bit accesses"
-    )
+    print("blocks: programs per multiprocessor by registers; bytes: loaded + stored per element, in 128-bit accesses")
     return 1 if failures else 0
 
 

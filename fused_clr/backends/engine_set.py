@@ -44,6 +44,12 @@ class EngineSet:
         self._param_lists: list[list[Tensor]] = []
         self._param_counts: list[int] = []
 
+    def restructure(self) -> None:
+        """Parameters or groups are others from now on: graphs captured before do nothing, and engines are made anew."""
+        self.structure_changed = True
+        for engine in self._engines:
+            engine.retire()
+
     def ready(self) -> Sequence[Engine[Any]]:
         """The engines, with everything written since the last step taken over."""
         if [len(params) for params in self._param_lists] != self._param_counts:

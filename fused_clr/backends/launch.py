@@ -33,15 +33,17 @@ def compile_launch(launch: Launch) -> Any:
     return launch.kernel.warmup(*launch.arguments, grid=(launch.grid,), **launch.options)
 
 
-def run(launch: Launch, compiled: Any) -> None:
+def run(launch: Launch, compiled: Any, recorded: bool = True) -> None:
     """Launches on the current device and stream.
 
     Args:
         launch: What to launch.
         compiled: What `compile_launch` gave for it, or for one that differs in its grid and tensors alone.
+        recorded: Whether recorders hear of it: it belongs to the step, and not to the host's preparations.
     """
-    for record in recorders:
-        record(launch)
+    if recorded:
+        for record in recorders:
+            record(launch)
     if compiled is None:
         launch.kernel[(launch.grid,)](*launch.arguments, **launch.options)
     else:

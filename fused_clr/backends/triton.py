@@ -65,7 +65,7 @@ class TritonEngine(Engine[DevicePlan]):
             self._idle_rows[index, kernels.NUMEL.value] = real_numel(record.param)
         self._idle_table = upload(self._idle_rows, self.device)
         self._mirror_version = self.step_mirror._version
-        # Tables that captured or recorded launches read, kept for as long as one may be replayed.
+        # What captured or recorded launches read and write, kept for as long as one may be replayed.
         self._captured_tables: list[Any] = []
         self._ready: list[tuple[Launch, Any]] = []
         # What the schedule kernels are compiled for; a captured launch of another generation does nothing.
@@ -117,7 +117,7 @@ class TritonEngine(Engine[DevicePlan]):
             plan.launches = []
         self._prime()
 
-    def _prime(self) -> None:
+    def _prime(self, recorded: bool = False) -> None:
         """Evaluates the current step into the current slot, after anything but a step has changed what it needs."""
         for index, lr in self._tensor_lrs:
             self.hyper_table[index, BASE_LR.value].copy_(lr.detach().reshape(()), non_blocking=True)
@@ -138,7 +138,7 @@ class TritonEngine(Engine[DevicePlan]):
         )
         launch = Launch(kernels.prime_kernel, self.num_evaluators, arguments, self.config.options)
         with self._on_device():
-            launcher.run(launch, launcher.compile_launch(launch))
+            launcher.run(launch, launcher.compile_launch(launch), recorded)
 
     # -- the step -----------------------------------------------------------------------------------------------------
     def build_plan(self, grads: Sequence[Tensor | None]) -> DevicePlan:
@@ -174,13 +174,20 @@ class TritonEngine(Engine[DevicePlan]):
             self._mirror_version = self.step_mirror._version
             self._prime()
         elif self._tensor_lrs:
-            self._prime()
+            # Part of the step, of a captured one too: it reads the tensors as they are then.
+            self._prime(recorded=True)
         grads = [param.grad for param in self.params]
         plan = self.plan_for(grads)
         keeps_tables = self._capturing or bool(launcher.recorders)
         self._load_addresses(plan, grads, keeps_tables)
 
     def _load_addresses(self, plan: DevicePlan, grads: list[Tensor | None], keeps_tables: bool) -> None:
+        if plan.buffers and launcher.recorders:
+            names = ", ".join(self.records[index].name for index in plan.buffers)
+            raise RuntimeError(
+                "record_launches() records kernels, and not the copy of a gradient whose layout is not its parameter's; "
+                f"give these parameters gradients of their own layout: {names}"
+            )
         active_grads: list[Any] = [grads[index] for index in plan.plan.active]
         for index, buffer in plan.buffers.items():
             active_grads[plan.plan.active.index(index)] = buffer.copy_(grads[index])  # type: ignore[arg-type]
@@ -191,7 +198,8 @@ class TritonEngine(Engine[DevicePlan]):
                 raise DevicesChangedError
             plan.set_addresses(addresses)
             if keeps_tables:
-                self._ready = self._compiled_launches(plan, self._tables_to_keep(plan))
+                tables = self._tables_to_keep(plan, [*grads, *active_grads])
+                self._ready = self._compiled_launches(plan, tables)
                 return
             upload(plan.rows, self.device, out=plan.tables.tensor_table)
             plan.addresses = addresses
@@ -201,8 +209,8 @@ class TritonEngine(Engine[DevicePlan]):
                 plan.spare_tables = plan.new_tables()
         self._ready = plan.launches
 
-    def _tables_to_keep(self, plan: DevicePlan) -> DeviceTables:
-        """Tables of a captured or recorded launch's own: no later step rewrites them."""
+    def _tables_to_keep(self, plan: DevicePlan, grads: list[Tensor | None]) -> DeviceTables:
+        """Tables of a captured or recorded launch's own: no later step rewrites them, or frees what they point to."""
         if not self._capturing:
             tables = plan.new_tables()
             upload(plan.rows, self.device, out=tables.tensor_table)
@@ -218,7 +226,7 @@ class TritonEngine(Engine[DevicePlan]):
             with torch.cuda.stream(stream):
                 tables.tensor_table.copy_(torch.from_numpy(plan.rows.copy()))
             stream.synchronize()
-        self._captured_tables.append((tables, dict(plan.buffers)))
+        self._captured_tables.append((tables, grads, [dict(self.state[param]) for param in plan.params]))
         self.captured = True
         return tables
 

@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	$(BIN)/fused-clr demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest --numprocesses 2 --hypothesis-profile=ci --benchmark-disable
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --hypothesis-profile=ci --benchmark-disable
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

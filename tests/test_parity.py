@@ -15,7 +15,7 @@ from fused_clr.backends.triton import TritonEngine
 from .tolerances import AFTER_STEPS, SCHEDULED
 
 STEPS = 55
-BLOCK_SIZE = 128
+BLOCK_SIZE = 256
 
 
 def dense(*shape: int) -> Any:
@@ -108,7 +108,7 @@ def test_step_by_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Small chunks and few programs: tensors have several chunks, and programs loop over them.
-    config = LaunchConfig(block_size=BLOCK_SIZE, num_warps=4, lanes=4, programs_per_multiprocessor=2)
+    config = LaunchConfig(block_size=BLOCK_SIZE, num_warps=4, lanes=8, programs_per_multiprocessor=2)
     monkeypatch.setattr(TritonEngine, "config", config)
     cyclic = {
         "base_lr": [1e-4, 1e-3],

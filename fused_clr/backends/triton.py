@@ -185,7 +185,7 @@ class TritonEngine(Engine[DevicePlan]):
         if plan.buffers and launcher.recorders:
             names = ", ".join(self.records[index].name for index in plan.buffers)
             raise RuntimeError(
-                "record_launches() records kernels, and not the copy of a gradient whose layout is not its parameter's; "
+                "record_launches() records kernels, not the copy of a gradient whose layout is not its parameter's; "
                 f"give these parameters gradients of their own layout: {names}"
             )
         active_grads: list[Any] = [grads[index] for index in plan.plan.active]

@@ -229,6 +229,26 @@ def test_moved_gradients_and_parameters_are_followed(backend: str) -> None:
     torch.testing.assert_close(*results)
 
 
+def test_a_model_may_be_cast_between_steps(backend: str) -> None:
+    results = []
+    for kind in (FusedAdam, torch.optim.Adam):
+        param = torch.nn.Parameter(torch.ones(40))
+        optimizer = kind([param], lr=0.1)
+        # Back to float32 at the end, where a plan of the first steps would find freed moments.
+        for number, dtype in enumerate([torch.float32, torch.float32, torch.float64, torch.float64, torch.float32]):
+            if dtype != param.dtype:
+                param.grad = None
+                param.data = param.data.to(dtype)
+                if kind is torch.optim.Adam:
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        optimizer.state[param][key] = optimizer.state[param][key].to(dtype)
+            param.grad = torch.linspace(-1, 1, 40, dtype=dtype) * (number + 1)
+            optimizer.step()
+            assert optimizer.state[param]["exp_avg"].dtype == dtype
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
+
+
 def test_groups_and_parameters_may_be_added_to_the_list(backend: str) -> None:
     first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     optimizer = FusedAdam([first], lr=0.1)

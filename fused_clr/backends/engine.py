@@ -74,7 +74,7 @@ class Engine(ABC, Generic[Plan]):
         for view, param in zip(self.step_mirror, self.params, strict=True):
             if state.get(param):
                 dict.__setitem__(state[param], "step", view)
-        # Grads may change dtype from step to step only where a parameter's grad_dtype allows it.
+        # Where a parameter's grad_dtype is None, its gradient's dtype does not tell its own.
         self._grad_dtypes_vary = any(getattr(param, "grad_dtype", param.dtype) is None for param in self.params)
         self._has_complex = any(param.is_complex() for param in self.params)
         self.drop_plans()
@@ -150,8 +150,11 @@ class Engine(ABC, Generic[Plan]):
         except RuntimeError:
             # Sparse tensors have no strides; the checks below name them.
             layout = None
-        if layout is not None and self._grad_dtypes_vary:
+        if layout is not None:
+            # A model may be cast between steps, and its gradients with it.
             layout += [g if g is None else g.dtype for g in grads]
+        if layout is not None and self._grad_dtypes_vary:
+            layout += [param.dtype for param in self.params]
         if layout is not None and self._has_complex:
             # Both bits mean that memory does not hold what the tensor says.
             layout += [g if g is None else (g.is_conj(), g.is_neg()) for g in grads]
@@ -167,8 +170,10 @@ class Engine(ABC, Generic[Plan]):
             for record, grad in active:
                 check_gradient(record.name, record.param, grad)
                 self.check_state(record)
-            for index in (index for index, grad in enumerate(grads) if grad is not None):
-                self.prepare_state(index)
+            replaced = [self.prepare_state(index) for index, grad in enumerate(grads) if grad is not None]
+            if any(replaced):
+                # Other plans hold the moments that were replaced.
+                self.drop_plans()
             plan = self.build_plan(grads)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.pop(next(iter(self._plans)))
@@ -191,8 +196,13 @@ class Engine(ABC, Generic[Plan]):
                     f"{tuple(value.shape) if isinstance(value, Tensor) else repr(value)}"
                 )
 
-    def prepare_state(self, index: int) -> None:
-        """Creates the state tensors that a parameter lacks; gives the others its dtype, device and layout."""
+    def prepare_state(self, index: int) -> bool:
+        """Creates the state tensors that a parameter lacks; gives the others its dtype, device and layout.
+
+        Returns:
+            Whether one that was there has been replaced.
+        """
+        replaced = False
         record = self.records[index]
         param, state = record.param, self.state[record.param]
         # Written past the watch: these are the engine's own doing and no news to it.
@@ -204,7 +214,9 @@ class Engine(ABC, Generic[Plan]):
                 value = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
             elif value.dtype != param.dtype or value.device != param.device or not same_layout(value, param):
                 value = torch.empty_like(param, requires_grad=False).copy_(value)
+                replaced = True
             dict.__setitem__(state, key, value)
+        return replaced
 
     def adopt_state(self) -> None:
         """Takes over what a user wrote into ``optimizer.state``: steps at once, moments when they are next used."""

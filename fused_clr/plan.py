@@ -28,6 +28,7 @@ class ChunkRange(NamedTuple):
     combination: DtypeCombination
     first: int
     num_chunks: int
+    block_size: int
 
 
 class LaunchPlan(NamedTuple):
@@ -55,6 +56,11 @@ def real_numel(tensor: Tensor) -> int:
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
+def block_size_of(param_dtype: torch.dtype, block_size: int) -> int:
+    """Elements of a chunk: half as many in float64, which takes twice the registers and would spill."""
+    return block_size // 2 if param_dtype == torch.float64 else block_size
+
+
 def plan_launches(
     params: Sequence[Tensor], grads: Sequence[Tensor | None], amsgrad: Sequence[bool], block_size: int
 ) -> LaunchPlan:
@@ -64,7 +70,7 @@ def plan_launches(
         params: Parameters of one device.
         grads: Their gradients; None: the parameter is not updated.
         amsgrad: Whether each keeps the largest second moment.
-        block_size: Elements of a chunk.
+        block_size: Elements of a chunk of 32-bit or smaller parameters; see `block_size_of`.
 
     Returns:
         The plan. It holds no tensor and no address.
@@ -79,13 +85,14 @@ def plan_launches(
 
     tables, launches, first = [], [], 0
     for combination, indices in combinations.items():
-        words = chunk_words(indices, [real_numel(params[index]) for index in indices], block_size)
+        own_block_size = block_size_of(combination.param_dtype, block_size)
+        words = chunk_words(indices, [real_numel(params[index]) for index in indices], own_block_size)
         tables.append(words)
-        launches.append(ChunkRange(combination, first, len(words)))
+        launches.append(ChunkRange(combination, first, len(words), own_block_size))
         first += len(words)
     if not launches:
         # The schedule ticks all the same.
-        launches = [ChunkRange(DtypeCombination(torch.float32, torch.float32, False), 0, 0)]
+        launches = [ChunkRange(DtypeCombination(torch.float32, torch.float32, False), 0, 0, block_size)]
         tables = [np.zeros(1, np.int64)]
     return LaunchPlan(active, np.concatenate(tables), launches)
 

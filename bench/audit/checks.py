@@ -56,7 +56,7 @@ def audit(kernels: Kernels, variant: Variant) -> Result:
     if variant.kernel != "adam_kernel":
         return Result(variant, reading, 0, 0, problems)
 
-    bytes_per_access = WIDE_BYTES * DEFAULT_CONFIG.num_warps * 32 / DEFAULT_CONFIG.block_size
+    bytes_per_access = WIDE_BYTES * DEFAULT_CONFIG.num_warps * 32 / variant.block_size
     loaded, stored = reading.wide_loads * bytes_per_access, reading.wide_stores * bytes_per_access
     expected = bytes_per_element(variant)
     for verb, found, wanted in (("load", loaded, expected[0]), ("store", stored, expected[1])):

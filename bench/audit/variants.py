@@ -12,12 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_clr.backends.triton import DEFAULT_CONFIG
+from fused_clr.plan import block_size_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -77,6 +79,11 @@ class Variant(NamedTuple):
     amsgrad: bool = False
     is_last: bool = True
     ones: bool = False
+
+    @property
+    def block_size(self) -> int:
+        """Elements of a chunk."""
+        return block_size_of(getattr(torch, self.param_dtype), DEFAULT_CONFIG.block_size)
 
     @property
     def name(self) -> str:
@@ -154,7 +161,7 @@ class Kernels:
             "KINDS": 0b111111 if variant.all_kinds else 0b1,
             "MAX_UNIT_SHIFT": 54 if variant.all_kinds else 0,
             "SCALE_FNS": (inverse_growth,) if variant.all_kinds else (),
-            "BLOCK_SIZE": DEFAULT_CONFIG.block_size,
+            "BLOCK_SIZE": variant.block_size,
             "LANES": DEFAULT_CONFIG.lanes,
         }
         signature, values, attributes = {}, {}, {}

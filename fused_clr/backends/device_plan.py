@@ -26,7 +26,7 @@ class LaunchConfig(NamedTuple):
     """How kernels are compiled and how large their grid is.
 
     Attributes:
-        block_size: Elements of a chunk.
+        block_size: Elements of a chunk; half of it for float64 parameters.
         num_warps: Warps of a program.
         lanes: Lanes of an evaluator; no more than a program's threads, or it would do its float64 work twice.
         programs_per_multiprocessor: Updaters each multiprocessor gets; each loops over its chunks, since a program per

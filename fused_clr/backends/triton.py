@@ -260,7 +260,7 @@ class TritonEngine(Engine[DevicePlan]):
                 combination.amsgrad,
                 is_last,
                 *self._schedule_constants[:3],
-                self.config.block_size,
+                chunk_range.block_size,
                 self.config.lanes,
             )
             grid = num_evaluators + min(chunk_range.num_chunks, self.max_updaters)

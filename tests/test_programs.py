@@ -19,7 +19,7 @@ from fused_clr.backends.device_plan import LaunchConfig
 from fused_clr.backends.triton import TritonEngine
 from fused_clr.kernels import adam as kernels
 from fused_clr.kernels.adam import update, update_chunk
-from fused_clr.plan import block_size_of, CHUNK_BITS, chunk_words
+from fused_clr.plan import CHUNK_BITS, block_size_of, chunk_words
 from fused_clr.schedules import Cyclic
 
 pytestmark = pytest.mark.usefixtures("triton_backend", "small_chunks")

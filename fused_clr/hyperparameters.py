@@ -31,6 +31,51 @@ class Hyperparameters(NamedTuple):
     schedule: Cyclic | None
 
 
+class StepOptions(NamedTuple):
+    """What holds for all groups of an optimizer; the arguments of `FusedAdam`."""
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    store_grads: bool = False
+    advance_on_skip: bool = False
+    history_size: int = 256
+
+
+def check_options(options: StepOptions) -> StepOptions:
+    """Checks what holds for all groups.
+
+    Returns:
+        ``options``, with plain numbers.
+
+    Raises:
+        ValueError: One is not allowed; the message names it and what is.
+    """
+    limit = None if options.max_grad_norm is None else check_max_grad_norm(options.max_grad_norm)
+    size: Any = options.history_size
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError(f"history_size must be an integer >= 0, got {size!r}")
+    if options.skip_nonfinite and limit is None:
+        raise ValueError(
+            "skip_nonfinite=True needs max_grad_norm, whose norm it looks at; math.inf measures without clipping"
+        )
+    return options._replace(max_grad_norm=limit)
+
+
+def check_max_grad_norm(value: Any) -> float:
+    """Checks a limit of the gradient norm.
+
+    Raises:
+        ValueError: It is not a number > 0.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number > 0:
+        raise ValueError(f"max_grad_norm must be a number > 0 (math.inf: measure alone) or None, got {value!r}")
+    return number
+
+
 def read_hyperparameters(groups: Iterable[ParamGroup]) -> list[Hyperparameters]:
     """What the groups say, as a step needs it; one entry per group."""
     return [

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
-from .backends.engine_set import EngineSet
-from .hyperparameters import DEFAULT_BETAS, check_hyperparameter, check_parameter, check_schedule_step
-from .param_group import ParamGroup
+from .base import FusedOptimizer
+from .hyperparameters import DEFAULT_BETAS, StepOptions, check_hyperparameter, check_options
 from .schedules import Cyclic
 from .step_hooks import call_with_hooks, hooks_wanted
-from .watched import OptimizerState
 
 T = TypeVar("T")
 
 
-class FusedAdam(torch.optim.Optimizer):
+class FusedAdam(FusedOptimizer):
     r"""Adam with the learning rate schedule inside the step: one kernel launch updates every parameter and ticks.
 
     The algorithm of Kingma & Ba 2015 (arXiv:1412.6980, algorithm 1), with the arguments of `torch.optim.Adam`.
@@ -41,6 +39,14 @@ class FusedAdam(torch.optim.Optimizer):
         decoupled_weight_decay: Decay the parameter and not the gradient, as AdamW does.
         schedule: A value from `fused_clr.schedules` for every group without one of its own; None keeps ``lr``
             constant. A param group may hold a ``schedule`` too. Each step advances all schedules by one.
+        max_grad_norm: Clip the gradients of all groups to this 2-norm, > 0, as `torch.nn.utils.clip_grad_norm_` does:
+            in one more launch and without a sync. A norm of inf makes them 0 (and infinite ones NaN), a norm of NaN
+            makes them NaN, unless ``skip_nonfinite``. ``math.inf`` measures and does not clip; None does neither.
+        skip_nonfinite: Skip a step whose norm is not finite. Needs ``max_grad_norm``. Under GradScaler such steps are
+            skipped anyway.
+        store_grads: Write unscaled and clipped gradients back, as torch does; else ``grad`` stays as it was.
+        advance_on_skip: A skipped step advances the schedule all the same, as torch's pair does; else it stands still.
+        history_size: Steps that `history` keeps, >= 0; each takes 64 bytes per group on the device.
 
     Raises:
         ValueError: An argument is outside what is stated above; the message names it, its value and what is allowed.
@@ -59,8 +65,6 @@ class FusedAdam(torch.optim.Optimizer):
     # GradScaler leaves scale and overflow to the step, which then neither updates nor ticks.
     _step_supports_amp_scaling = True
 
-    param_groups: list[ParamGroup]  # type: ignore[assignment]
-
     def __init__(
         self,
         params: Any,
@@ -77,7 +81,14 @@ class FusedAdam(torch.optim.Optimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         schedule: Cyclic | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        store_grads: bool = False,
+        advance_on_skip: bool = False,
+        history_size: int = 256,
     ) -> None:
+        options = StepOptions(max_grad_norm, skip_nonfinite, store_grads, advance_on_skip, history_size)
+        self._options = check_options(options)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -96,73 +107,6 @@ class FusedAdam(torch.optim.Optimizer):
             defaults[name] = check_hyperparameter(name, value)
         self._start_fresh()
         super().__init__(params, defaults)
-
-    def _start_fresh(self, schedule_step: int = 0, update_steps: dict[Tensor, int] | None = None) -> None:
-        """Everything that is never copied or pickled."""
-        self._engines = EngineSet(self, schedule_step, update_steps)
-        # Between optimizer.step() and scheduler.step(), torch's param groups show what was just applied.
-        self._awaits_scheduler = False
-        # Counts the CyclicLRs made for this optimizer; the last one drives.
-        self._scheduler_token = 0
-        self._steps_since_scheduler = 0
-
-    # -- param groups and state ---------------------------------------------------------------------------------------
-    @property
-    def state(self) -> OptimizerState:
-        """Parameter -> its state tensors, ``step``, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``."""
-        return self._state
-
-    @state.setter
-    def state(self, value: dict[Any, Any]) -> None:
-        self._state = OptimizerState(self._on_state_change)
-        for key, entry in value.items():
-            self._state[key] = entry
-        self._engines.restructure()
-
-    def _on_state_change(self, _key: Any) -> None:
-        self._engines.state_changed = True
-
-    def _on_group_change(self, key: Any) -> None:
-        self._engines.hyperparameters_changed = True
-        if key == "params":
-            self._engines.restructure()
-
-    def _make_group(self, values: dict[str, Any]) -> ParamGroup:
-        return ParamGroup(values, self._on_group_change, self._read_live)
-
-    def _read_live(self, group: ParamGroup) -> tuple[float, float] | None:
-        index = next((i for i, own in enumerate(self.param_groups) if own is group), None)
-        if index is None:
-            return None
-        return self._engines.ready()[0].read_lr_and_beta1(index, applied=self._awaits_scheduler)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group; see `torch.optim.Optimizer.add_param_group`.
-
-        A group with no ``schedule`` of its own takes the constructor's. Under `CyclicLR`, which drives the groups that
-        exist when it is made, a later group without a ``schedule`` keeps its constant ``lr``.
-
-        Args:
-            param_group: ``params``, and hyperparameters that differ from the constructor's. Not changed.
-
-        Raises:
-            ValueError: A hyperparameter or parameter is not allowed; nothing has been added.
-        """
-        # A copy: torch writes its defaults into what it is given.
-        super().add_param_group(dict(param_group))
-        plain: dict[str, Any] = self.param_groups.pop()
-        index = len(self.param_groups)
-        for name in list(plain):
-            plain[name] = check_hyperparameter(name, plain[name])
-        for position, param in enumerate(plain["params"]):
-            check_parameter(f"param_groups[{index}]['params'][{position}]", param)
-        if len({id(param) for param in plain["params"]}) != len(plain["params"]):
-            raise ValueError(f"param_groups[{index}]['params'] must not hold a parameter twice")
-        schedule = plain.pop("schedule")
-        group = self._make_group({**plain, "schedule": None})
-        group.set_schedule(schedule)
-        self.param_groups.append(group)
-        self._engines.restructure()
 
     # -- the step -----------------------------------------------------------------------------------------------------
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
@@ -194,94 +138,13 @@ class FusedAdam(torch.optim.Optimizer):
         grad_enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            engines = self._engines.prepared()
-            grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            for engine in engines:
-                engine.launch(grad_scale, found_inf)
+            self._engines.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         finally:
             torch._C._set_grad_enabled(grad_enabled)
         if self._scheduler_token:
             self._awaits_scheduler = True
             self._steps_since_scheduler += 1
         return loss
-
-    # -- the schedule -------------------------------------------------------------------------------------------------
-    @property
-    def live_lr(self) -> Tensor:
-        """float64[num_groups] on the device of the first parameter: the learning rates that the next step applies.
-
-        A live tensor: steps and graph replays write it. Reading it on the device needs no sync.
-        """
-        return self._engines.ready()[0].live_lr
-
-    @property
-    def live_beta1(self) -> Tensor:
-        """float64[num_groups], live as `live_lr` is: the beta1 that the next step applies."""
-        return self._engines.ready()[0].live_beta1
-
-    @property
-    def schedule_step(self) -> int:
-        """How often the schedule has ticked: torch's ``last_epoch``. Waits for the device."""
-        return self._engines.ready()[0].get_schedule_step()
-
-    @property
-    def schedule_exhausted(self) -> bool:
-        """Whether a tabulated ``scale_fn`` has no value left, so that replays keep its last. Waits for the device."""
-        return any(engine.get_schedule_exhausted() for engine in self._engines.ready())
-
-    def set_schedule_step(self, step: int) -> None:
-        """Sets the clock of the schedule, in place: what ``last_epoch`` is in torch.
-
-        Args:
-            step: int in [0, 2**53).
-
-        Raises:
-            ValueError: ``step`` is outside that.
-        """
-        step = check_schedule_step("step", step)
-        for engine in self._engines.ready():
-            engine.set_schedule_step(step)
-        self._awaits_scheduler = False
-
-    def set_schedule(self, schedule: Cyclic | Sequence[Cyclic | None] | None) -> None:
-        """Gives every group a schedule. The clock goes on; see `set_schedule_step`.
-
-        Args:
-            schedule: One for all groups, or a list with one per group. None: the group keeps a constant ``lr``,
-                starting from what the schedule it loses would apply next.
-
-        Raises:
-            ValueError: The list's length is not the number of groups.
-            TypeError: An entry is no schedule.
-        """
-        schedules = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(self.param_groups)
-        if len(schedules) != len(self.param_groups):
-            raise ValueError(
-                f"schedule must have {len(self.param_groups)} entries, one per group, got {len(schedules)}"
-            )
-        for value in schedules:
-            check_hyperparameter("schedule", value)
-        self._awaits_scheduler = False
-        for group, value in zip(self.param_groups, schedules, strict=True):
-            group.set_schedule(value)
-
-    def _attach_schedules(self, schedules: Sequence[Cyclic], step: int) -> int:
-        """What `fused_clr.CyclicLR` does to its optimizer.
-
-        Returns:
-            A token: the scheduler is this optimizer's as long as ``_scheduler_token`` equals it.
-        """
-        self.set_schedule(schedules)
-        self.set_schedule_step(step)
-        self._scheduler_token += 1
-        self._steps_since_scheduler = 0
-        return self._scheduler_token
-
-    def _tick(self) -> None:
-        """Advances the schedule without an update, unless a captured step does that."""
-        for engine in self._engines.ready():
-            if not engine.captured:
-                engine.tick()
 
     # -- checkpoints, copies and pickles ------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -304,13 +167,16 @@ class FusedAdam(torch.optim.Optimizer):
             "defaults": self.defaults,
             "state": {param: {**entry, "step": entry["step"].clone()} for param, entry in self.state.items() if entry},
             "param_groups": [{key: group.stored(key) for key in group} for group in self.param_groups],
+            "options": self._options,
             "schedule_step": self.schedule_step,
+            "counts": self._engines.counts(),
             "update_steps": list(self._engines.update_steps().items()),
             "scheduler_token": self._scheduler_token,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._start_fresh(state.pop("schedule_step"), dict(state.pop("update_steps")))
+        self._options = state.pop("options")
+        self._start_fresh(state.pop("schedule_step"), dict(state.pop("update_steps")), state.pop("counts"))
         self._scheduler_token = state.pop("scheduler_token")
         self.state = state.pop("state")
         groups = state.pop("param_groups")
@@ -346,6 +212,11 @@ class FusedAdamW(FusedAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         schedule: Cyclic | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        store_grads: bool = False,
+        advance_on_skip: bool = False,
+        history_size: int = 256,
     ) -> None:
         super().__init__(
             params,
@@ -361,4 +232,9 @@ class FusedAdamW(FusedAdam):
             fused=fused,
             decoupled_weight_decay=True,
             schedule=schedule,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            store_grads=store_grads,
+            advance_on_skip=advance_on_skip,
+            history_size=history_size,
         )

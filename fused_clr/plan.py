@@ -31,6 +31,15 @@ class ChunkRange(NamedTuple):
     block_size: int
 
 
+class NormChunks(NamedTuple):
+    """The chunks of the norm launch, of all dtypes: another range of the chunk table."""
+
+    first: int
+    num_chunks: int
+    block_size: int
+    grad_dtypes: frozenset[torch.dtype]
+
+
 class LaunchPlan(NamedTuple):
     """The launches of a step, as host tables.
 
@@ -39,11 +48,13 @@ class LaunchPlan(NamedTuple):
         chunk_table: int64[num_chunks]: tensor index << 32 | chunk of that tensor; one launch after another. One unused
             word where nothing is updated, since a table needs an address.
         launches: The ranges of ``chunk_table``, one per dtype combination; at least one, perhaps empty.
+        norm: The range of the norm launch, which comes first; None where no norm is wanted.
     """
 
     active: list[int]
     chunk_table: NDArray[np.int64]
     launches: list[ChunkRange]
+    norm: NormChunks | None = None
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -62,7 +73,11 @@ def block_size_of(param_dtype: torch.dtype, block_size: int) -> int:
 
 
 def plan_launches(
-    params: Sequence[Tensor], grads: Sequence[Tensor | None], amsgrad: Sequence[bool], block_size: int
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    amsgrad: Sequence[bool],
+    block_size: int,
+    with_norm: bool = False,
 ) -> LaunchPlan:
     """Sorts the tensors that have gradients into launches and cuts them into chunks.
 
@@ -70,7 +85,8 @@ def plan_launches(
         params: Parameters of one device.
         grads: Their gradients; None: the parameter is not updated.
         amsgrad: Whether each keeps the largest second moment.
-        block_size: Elements of a chunk of 32-bit or smaller parameters; see `block_size_of`.
+        block_size: Elements of a chunk of 32-bit or smaller parameters (see `block_size_of`), and of all norm chunks.
+        with_norm: Plan the norm launch too.
 
     Returns:
         The plan. It holds no tensor and no address.
@@ -94,7 +110,18 @@ def plan_launches(
         # The schedule ticks all the same.
         launches = [ChunkRange(DtypeCombination(torch.float32, torch.float32, False), 0, 0, block_size)]
         tables = [np.zeros(1, np.int64)]
-    return LaunchPlan(active, np.concatenate(tables), launches)
+    norm = None
+    if with_norm:
+        measured = [index for indices in combinations.values() for index in indices]
+        words = chunk_words(measured, [real_numel(params[index]) for index in measured], block_size)
+        norm = NormChunks(
+            sum(map(len, tables)),
+            len(words),
+            block_size,
+            frozenset(combination.grad_dtype for combination in combinations),
+        )
+        tables.append(words)
+    return LaunchPlan(active, np.concatenate(tables), launches, norm)
 
 
 def chunk_words(tensor_ids: Sequence[int], numels: Sequence[int], block_size: int) -> NDArray[np.int64]:

@@ -8,188 +8,49 @@ last program to retire ticks the clock. Tables are laid out by `fused_clr.plan` 
 import triton
 import triton.language as tl
 
-from .schedule import (
-    BETA2,
-    DECOUPLED_DECAY,
-    EPS,
-    GRAD_SIGN,
-    HYPER_COLUMNS,
-    L2_DECAY,
-    LOG2_BETA2,
-    cyclic_lr_and_momentum,
+from .evaluate import evaluate, record_history
+from .layout import (
+    APPLIED_STEPS,
+    BIAS_CORRECTION2_SQRT,
+    CHUNK_BITS,
+    CHUNK_MASK,
+    CLIP_COEFFICIENT,
+    DECAY_FACTOR,
+    DONE,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GENERATION,
+    GRAD,
+    MAX_EXP_AVG_SQ,
+    NUMEL,
+    ONE_MINUS_BETA1,
+    ONE_MINUS_BETA2,
+    OVERFLOW,
+    PARAM,
+    SCALAR_COLUMNS,
+    SCALAR_EPS,
+    SCALAR_GRAD_SIGN,
+    SCALAR_L2_DECAY,
+    SCHEDULE_STEP,
+    SKIPPED_STEPS,
+    SLOT,
+    STALE,
+    STEP_SIZE,
+    TENSOR_COLUMNS,
 )
 
-# Words of the clock, int64[CLOCK_WORDS].
-SCHEDULE_STEP = tl.constexpr(0)
-SLOT = tl.constexpr(1)
-DONE = tl.constexpr(2)
-GENERATION = tl.constexpr(3)
-# Sticky flags: a tabulated scale_fn ran past its table; a captured launch of an older generation was replayed.
-OVERRUN = tl.constexpr(4)
-STALE = tl.constexpr(5)
-CLOCK_WORDS = tl.constexpr(8)
-
-# Columns of the tensor table, int64[num_tensors, TENSOR_COLUMNS]. Addresses of parts a tensor lacks are 0.
-PARAM = tl.constexpr(0)
-GRAD = tl.constexpr(1)
-EXP_AVG = tl.constexpr(2)
-EXP_AVG_SQ = tl.constexpr(3)
-MAX_EXP_AVG_SQ = tl.constexpr(4)
-NUMEL = tl.constexpr(5)
-GROUP = tl.constexpr(6)
-ACTIVE = tl.constexpr(7)
-TENSOR_COLUMNS = tl.constexpr(8)
-
-# Columns of the scalars, [2, num_tensors, SCALAR_COLUMNS].
-STEP_SIZE = tl.constexpr(0)
-BIAS_CORRECTION2_SQRT = tl.constexpr(1)
-ONE_MINUS_BETA1 = tl.constexpr(2)
-ONE_MINUS_BETA2 = tl.constexpr(3)
-SCALAR_EPS = tl.constexpr(4)
-SCALAR_L2_DECAY = tl.constexpr(5)
-DECAY_FACTOR = tl.constexpr(6)
-SCALAR_GRAD_SIGN = tl.constexpr(7)
-SCALAR_COLUMNS = tl.constexpr(8)
-
-# Rows of the live mirrors, float64[LIVE_ROWS, num_groups]: what the last step applied, what the next one will.
-APPLIED_LR = tl.constexpr(0)
-APPLIED_BETA1 = tl.constexpr(1)
-NEXT_LR = tl.constexpr(2)
-NEXT_BETA1 = tl.constexpr(3)
-LIVE_ROWS = tl.constexpr(4)
-
-# A word of the chunk table: tensor id in the upper half, chunk of that tensor in the lower.
-CHUNK_BITS = tl.constexpr(32)
-CHUNK_MASK = tl.constexpr((1 << 32) - 1)
-
 
 @triton.jit
-def evaluate(
-    first_lane,
-    step,
-    slot,
-    hyper_table_ptr,
-    tensor_table_ptr,
-    scale_table_ptr,
-    clock_ptr,
-    scalars_ptr,
-    scalars_float64_ptr,
-    update_steps_ptr,
-    step_mirror_ptr,
-    live_ptr,
-    num_groups,
-    num_tensors,
-    ADVANCE: tl.constexpr,
-    KINDS: tl.constexpr,
-    MAX_UNIT_SHIFT: tl.constexpr,
-    SCALE_FNS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Evaluates the schedule at ``step`` into ``slot``: one lane per group (live mirrors) and per tensor (scalars).
-
-    Bias corrections follow Kingma & Ba 2015 (arXiv:1412.6980, algorithm 1), in float64: in float32,
-    ``1 - 0.9999**t`` would be off by 1e-4.
-
-    Args:
-        first_lane: int32 scalar. Lanes ``0 .. num_groups - 1`` are groups, the next ``num_tensors`` are tensors.
-        step: int64 scalar. The schedule step to evaluate.
-        slot: int64 scalar. The half of the scalars to write.
-        hyper_table_ptr: float64 pointer to [num_groups, HYPER_COLUMNS].
-        tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
-        scale_table_ptr: float64 pointer. Tables of the tabulated scale functions.
-        clock_ptr: int64 pointer to [CLOCK_WORDS].
-        scalars_ptr: float32 pointer to [2, num_tensors, SCALAR_COLUMNS].
-        scalars_float64_ptr: float64 pointer, likewise.
-        update_steps_ptr: int64 pointer to [num_tensors]. Updates each tensor got.
-        step_mirror_ptr: float32 pointer to [num_tensors]. What users see as ``state[p]["step"]``; never read here.
-        live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
-        num_groups: int32 scalar.
-        num_tensors: int32 scalar.
-        ADVANCE: Count an update of each active tensor first (a step), or not (prime).
-        KINDS: Bit set of the schedule kinds in use.
-        MAX_UNIT_SHIFT: The largest UNIT_SHIFT in the hyper table.
-        SCALE_FNS: Tuple of ``@triton.jit`` scale functions.
-        LANES: Lanes of this program.
-    """
-    lane = first_lane + tl.arange(0, LANES)
-    is_group = lane < num_groups
-    tensor_id = (lane - num_groups).to(tl.int64)
-    is_tensor = (lane >= num_groups) & (lane < num_groups + num_tensors)
-    tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
-    group_id = tl.load(tensor_row_ptr + GROUP, mask=is_tensor, other=0)
-    group_id = tl.where(is_group, lane.to(tl.int64), group_id)
-
-    lr, beta1 = cyclic_lr_and_momentum(
-        step,
-        group_id,
-        is_group | is_tensor,
-        hyper_table_ptr,
-        scale_table_ptr,
-        clock_ptr + OVERRUN,
-        KINDS,
-        MAX_UNIT_SHIFT,
-        SCALE_FNS,
-    )
-    live_lane_ptr = live_ptr + lane
-    if ADVANCE:
-        applied_lr = tl.load(live_lane_ptr + NEXT_LR * num_groups, mask=is_group)
-        applied_beta1 = tl.load(live_lane_ptr + NEXT_BETA1 * num_groups, mask=is_group)
-        tl.store(live_lane_ptr + APPLIED_LR * num_groups, applied_lr, mask=is_group)
-        tl.store(live_lane_ptr + APPLIED_BETA1 * num_groups, applied_beta1, mask=is_group)
-    tl.store(live_lane_ptr + NEXT_LR * num_groups, lr, mask=is_group)
-    tl.store(live_lane_ptr + NEXT_BETA1 * num_groups, beta1, mask=is_group)
-
-    update_step = tl.load(update_steps_ptr + tensor_id, mask=is_tensor, other=0)
-    if ADVANCE:
-        update_step += tl.load(tensor_row_ptr + ACTIVE, mask=is_tensor, other=0)
-        tl.store(update_steps_ptr + tensor_id, update_step, mask=is_tensor)
-        tl.store(step_mirror_ptr + tensor_id, update_step.to(tl.float32), mask=is_tensor)
-
-    row_ptr = hyper_table_ptr + group_id * HYPER_COLUMNS
-    next_update = (update_step + 1).to(tl.float64)
-    bias_correction1 = 1.0 - tl.exp2(next_update * tl.log2(beta1))
-    bias_correction2 = 1.0 - tl.exp2(next_update * tl.load(row_ptr + LOG2_BETA2))
-    step_size = lr / bias_correction1
-    decay_factor = 1.0 - lr * tl.load(row_ptr + DECOUPLED_DECAY)
-
-    row = (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + STEP_SIZE, step_size, is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + BIAS_CORRECTION2_SQRT, tl.sqrt(bias_correction2), is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + ONE_MINUS_BETA1, 1.0 - beta1, is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + ONE_MINUS_BETA2, 1.0 - tl.load(row_ptr + BETA2), is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_EPS, tl.load(row_ptr + EPS), is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_L2_DECAY, tl.load(row_ptr + L2_DECAY), is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + DECAY_FACTOR, decay_factor, is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_GRAD_SIGN, tl.load(row_ptr + GRAD_SIGN), is_tensor)
-
-
-@triton.jit
-def store_scalar(scalars_ptr, scalars_float64_ptr, offsets, values, mask):
-    """Stores a column of the scalars, rounded to float32 and as it is.
-
-    Args:
-        scalars_ptr: float32 pointer.
-        scalars_float64_ptr: float64 pointer.
-        offsets: int64 block.
-        values: float64 block.
-        mask: bool block.
-    """
-    tl.store(scalars_ptr + offsets, values.to(tl.float32), mask=mask)
-    tl.store(scalars_float64_ptr + offsets, values, mask=mask)
-
-
-@triton.jit
-def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalar_row_ptr, grad_scale, AMSGRAD: tl.constexpr):
+def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalar_row_ptr, AMSGRAD: tl.constexpr):
     """Adam's element update (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; AMSGrad: Reddi et al. 2018, algorithm 2).
 
     Args:
         param: float32 or float64 block; so are ``grad``, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``.
-        grad: Gradients, still multiplied by the loss scale.
+        grad: Gradients, unscaled and clipped.
         exp_avg: First moment.
         exp_avg_sq: Second moment.
         max_exp_avg_sq: Largest second moment so far; unused without AMSGRAD.
         scalar_row_ptr: pointer to [SCALAR_COLUMNS], of the blocks' dtype.
-        grad_scale: scalar of the blocks' dtype. The loss scale.
         AMSGRAD: Divide by the largest second moment.
 
     Returns:
@@ -198,9 +59,7 @@ def adam_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalar_row_ptr
     step_size = tl.load(scalar_row_ptr + STEP_SIZE)
     bias_correction2_sqrt = tl.load(scalar_row_ptr + BIAS_CORRECTION2_SQRT)
     l2_decay = tl.load(scalar_row_ptr + SCALAR_L2_DECAY)
-    inv_scale = tl.load(scalar_row_ptr + SCALAR_GRAD_SIGN) / grad_scale
 
-    grad = grad * inv_scale
     # Without decay an infinite parameter must not turn its gradient into NaN.
     grad = tl.where(l2_decay == 0, grad, grad + l2_decay * param)
     param = param * tl.load(scalar_row_ptr + DECAY_FACTOR)
@@ -231,9 +90,11 @@ def update_chunk(
     n_elements,
     scalar_row_ptr,
     grad_scale,
+    clip_coefficient,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    STORE_GRADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -245,10 +106,12 @@ def update_chunk(
         offset: int64 scalar. First element of the chunk.
         n_elements: int64 scalar. Elements of the tensor.
         scalar_row_ptr: float32 or float64 pointer to [SCALAR_COLUMNS].
-        grad_scale: float32 scalar.
+        grad_scale: float32 scalar. The loss scale that gradients are still multiplied by.
+        clip_coefficient: float64 scalar. What unscaled gradients are multiplied by.
         PARAM_DTYPE: dtype of the parameter and its moments.
         GRAD_DTYPE: dtype of the gradient.
         AMSGRAD: See ``adam_update``.
+        STORE_GRADS: Write the unscaled and clipped gradients back.
         BLOCK_SIZE: Elements of a chunk.
         ALIGNED: Promise that all addresses are multiples of 16 bytes. A false promise faults.
         MASKED: The chunk may end before BLOCK_SIZE elements.
@@ -277,8 +140,19 @@ def update_chunk(
     else:
         max_exp_avg_sq = exp_avg_sq
 
+    grad_sign = tl.load(scalar_row_ptr + SCALAR_GRAD_SIGN)
+    if COMPUTE_DTYPE == tl.float64:
+        unscale = clip_coefficient / grad_scale.to(tl.float64)
+    else:
+        unscale = tl.div_rn(clip_coefficient.to(tl.float32), grad_scale)
+    if STORE_GRADS:
+        grad = grad * unscale
+        tl.store(grad_ptr + offsets, grad.to(GRAD_DTYPE), mask=mask)
+        grad = grad * grad_sign
+    else:
+        grad = grad * (unscale * grad_sign)
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = adam_update(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalar_row_ptr, grad_scale.to(COMPUTE_DTYPE), AMSGRAD
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalar_row_ptr, AMSGRAD
     )
     tl.store(param_ptr + offsets, param.to(PARAM_DTYPE), mask=mask)
     tl.store(exp_avg_ptr + offsets, exp_avg.to(PARAM_DTYPE), mask=mask)
@@ -295,10 +169,12 @@ def update(
     chunk_table_ptr,
     scalars_ptr,
     grad_scale,
+    clip_coefficient,
     num_tensors,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    STORE_GRADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Looks up a chunk and updates it in the cheapest way that is safe for it.
@@ -309,11 +185,13 @@ def update(
         tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
         chunk_table_ptr: int64 pointer to [num_chunks].
         scalars_ptr: float32 pointer (float64 for float64 parameters) to [2, num_tensors, SCALAR_COLUMNS].
-        grad_scale: float32 scalar.
+        grad_scale: float32 scalar. See ``update_chunk``.
+        clip_coefficient: float64 scalar. See ``update_chunk``.
         num_tensors: int32 scalar.
         PARAM_DTYPE: See ``update_chunk``.
         GRAD_DTYPE: See ``update_chunk``.
         AMSGRAD: See ``adam_update``.
+        STORE_GRADS: See ``update_chunk``.
         BLOCK_SIZE: Elements of a chunk.
     """
     word = tl.load(chunk_table_ptr + chunk)
@@ -337,9 +215,11 @@ def update(
             n_elements,
             scalar_row_ptr,
             grad_scale,
+            clip_coefficient,
             PARAM_DTYPE,
             GRAD_DTYPE,
             AMSGRAD,
+            STORE_GRADS,
             BLOCK_SIZE,
             ALIGNED=False,
             MASKED=True,
@@ -351,9 +231,11 @@ def update(
             n_elements,
             scalar_row_ptr,
             grad_scale,
+            clip_coefficient,
             PARAM_DTYPE,
             GRAD_DTYPE,
             AMSGRAD,
+            STORE_GRADS,
             BLOCK_SIZE,
             ALIGNED=True,
             MASKED=False,
@@ -365,9 +247,11 @@ def update(
             n_elements,
             scalar_row_ptr,
             grad_scale,
+            clip_coefficient,
             PARAM_DTYPE,
             GRAD_DTYPE,
             AMSGRAD,
+            STORE_GRADS,
             BLOCK_SIZE,
             ALIGNED=False,
             MASKED=False,
@@ -375,33 +259,45 @@ def update(
 
 
 @triton.jit(
-    do_not_specialize=["num_groups", "num_tensors", "num_evaluators", "num_chunks", "generation"],
+    do_not_specialize=[
+        "num_groups",
+        "num_tensors",
+        "num_evaluators",
+        "num_chunks",
+        "history_rows",
+        "generation",
+        "counts",
+        "advance_on_skip",
+    ],
     do_not_specialize_on_alignment=["chunk_table_ptr", "grad_scale_ptr", "found_inf_ptr"],
 )
 def adam_kernel(
     clock_ptr,
+    norm_ptr,
+    live_ptr,
+    history_ptr,
     hyper_table_ptr,
-    scale_table_ptr,
     tensor_table_ptr,
     chunk_table_ptr,
     scalars_ptr,
     scalars_float64_ptr,
     update_steps_ptr,
     step_mirror_ptr,
-    live_ptr,
     grad_scale_ptr,
     found_inf_ptr,
     num_groups,
     num_tensors,
     num_evaluators,
     num_chunks,
+    history_rows,
     generation,
+    counts,
+    advance_on_skip,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    STORE_GRADS: tl.constexpr,
     IS_LAST: tl.constexpr,
-    KINDS: tl.constexpr,
-    MAX_UNIT_SHIFT: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LANES: tl.constexpr,
@@ -413,28 +309,31 @@ def adam_kernel(
 
     Args:
         clock_ptr: int64 pointer to [CLOCK_WORDS].
+        norm_ptr: float64 pointer to [NORM_WORDS]. Without clipping: coefficient 1, no overflow.
+        live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
+        history_ptr: float64 pointer to [history_rows, num_groups, HISTORY_COLUMNS].
         hyper_table_ptr: float64 pointer to [num_groups, HYPER_COLUMNS].
-        scale_table_ptr: float64 pointer. Tables of tabulated scale functions.
         tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
         chunk_table_ptr: int64 pointer to [num_chunks]. Chunks of this launch's dtype combination.
         scalars_ptr: float32 pointer to [2, num_tensors, SCALAR_COLUMNS].
         scalars_float64_ptr: float64 pointer, likewise.
         update_steps_ptr: int64 pointer to [num_tensors].
         step_mirror_ptr: float32 pointer to [num_tensors].
-        live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
         grad_scale_ptr: float32 pointer to [1]. Loss scale that gradients are divided by.
         found_inf_ptr: float32 pointer to [1]. Not 0: skip this step. It is a sum over devices, so it may be 2.
         num_groups: int32 scalar.
         num_tensors: int32 scalar.
         num_evaluators: int32 scalar. 0 unless IS_LAST.
         num_chunks: int32 scalar.
+        history_rows: int32 scalar. 0: keep no history.
         generation: int32 scalar. The clock's when this launch was made; a launch of another one does nothing.
+        counts: int32 scalar. 1: count this step and record it in the history; 0: only tick the schedule.
+        advance_on_skip: int32 scalar. 1: a skipped step ticks the schedule all the same.
         PARAM_DTYPE: dtype of the parameters and moments.
         GRAD_DTYPE: dtype of the gradients.
         AMSGRAD: See ``adam_update``.
+        STORE_GRADS: See ``update_chunk``.
         IS_LAST: This launch evaluates and retires.
-        KINDS: Bit set of the schedule kinds in use.
-        MAX_UNIT_SHIFT: The largest UNIT_SHIFT in the hyper table.
         SCALE_FNS: Tuple of ``@triton.jit`` scale functions.
         BLOCK_SIZE: Elements of a chunk.
         LANES: Lanes of an evaluator, no more than its threads.
@@ -442,18 +341,37 @@ def adam_kernel(
     program_id = tl.program_id(0)
     step = tl.load(clock_ptr + SCHEDULE_STEP)
     slot = tl.load(clock_ptr + SLOT)
+    applied_steps = tl.load(clock_ptr + APPLIED_STEPS)
+    skipped_steps = tl.load(clock_ptr + SKIPPED_STEPS)
     if tl.load(clock_ptr + GENERATION) == generation:
         # `!=` and not `> 0`: a NaN must skip too.
-        skip = tl.load(found_inf_ptr) != 0
-        if not skip:
-            if IS_LAST and program_id < num_evaluators:
+        skip = ((tl.load(found_inf_ptr) != 0) | (tl.load(norm_ptr + OVERFLOW) != 0)) & (counts != 0)
+        ticks = (skip == 0) | (advance_on_skip != 0)
+        skipped = skip.to(tl.int64)
+        grad_scale = tl.load(grad_scale_ptr)
+        if IS_LAST and program_id < num_evaluators:
+            if (history_rows != 0) & (counts != 0):
+                # Before the evaluation: the live mirrors still tell what this step applies.
+                record_history(
+                    program_id * LANES,
+                    step,
+                    applied_steps + skipped_steps,
+                    skipped,
+                    history_ptr,
+                    history_rows,
+                    live_ptr,
+                    norm_ptr,
+                    grad_scale,
+                    num_groups,
+                    LANES,
+                )
+            if ticks:
                 evaluate(
                     program_id * LANES,
                     step + 1,
                     1 - slot,
                     hyper_table_ptr,
                     tensor_table_ptr,
-                    scale_table_ptr,
                     clock_ptr,
                     scalars_ptr,
                     scalars_float64_ptr,
@@ -462,15 +380,15 @@ def adam_kernel(
                     live_ptr,
                     num_groups,
                     num_tensors,
+                    1 - skipped,
                     True,
-                    KINDS,
-                    MAX_UNIT_SHIFT,
                     SCALE_FNS,
                     LANES,
                 )
-            else:
+        else:
+            if skip == 0:
                 own_scalars_ptr = scalars_float64_ptr if PARAM_DTYPE == tl.float64 else scalars_ptr
-                grad_scale = tl.load(grad_scale_ptr)
+                clip_coefficient = tl.load(norm_ptr + CLIP_COEFFICIENT)
                 num_updaters = tl.num_programs(0) - num_evaluators
                 for chunk in range(program_id - num_evaluators, num_chunks, num_updaters):
                     update(
@@ -480,10 +398,12 @@ def adam_kernel(
                         chunk_table_ptr,
                         own_scalars_ptr,
                         grad_scale,
+                        clip_coefficient,
                         num_tensors,
                         PARAM_DTYPE,
                         GRAD_DTYPE,
                         AMSGRAD,
+                        STORE_GRADS,
                         BLOCK_SIZE,
                     )
         if IS_LAST:
@@ -493,53 +413,10 @@ def adam_kernel(
             done = tl.atomic_add(clock_ptr + DONE, 1, sem="acq_rel")
             if done == tl.num_programs(0) - 1:
                 tl.store(clock_ptr + DONE, 0)
-                if not skip:
+                tl.store(clock_ptr + APPLIED_STEPS, applied_steps + counts * (1 - skipped))
+                tl.store(clock_ptr + SKIPPED_STEPS, skipped_steps + counts * skipped)
+                if ticks:
                     tl.store(clock_ptr + SCHEDULE_STEP, step + 1)
                     tl.store(clock_ptr + SLOT, 1 - slot)
     else:
         tl.store(clock_ptr + STALE, 1)
-
-
-@triton.jit(do_not_specialize=["num_groups", "num_tensors"])
-def prime_kernel(
-    clock_ptr,
-    hyper_table_ptr,
-    scale_table_ptr,
-    tensor_table_ptr,
-    scalars_ptr,
-    scalars_float64_ptr,
-    update_steps_ptr,
-    step_mirror_ptr,
-    live_ptr,
-    num_groups,
-    num_tensors,
-    KINDS: tl.constexpr,
-    MAX_UNIT_SHIFT: tl.constexpr,
-    SCALE_FNS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Evaluates the current schedule step into the current slot; advances nothing.
-
-    Runs after anything but a step has changed what the next step needs. Arguments as in ``adam_kernel``.
-    """
-    evaluate(
-        tl.program_id(0) * LANES,
-        tl.load(clock_ptr + SCHEDULE_STEP),
-        tl.load(clock_ptr + SLOT),
-        hyper_table_ptr,
-        tensor_table_ptr,
-        scale_table_ptr,
-        clock_ptr,
-        scalars_ptr,
-        scalars_float64_ptr,
-        update_steps_ptr,
-        step_mirror_ptr,
-        live_ptr,
-        num_groups,
-        num_tensors,
-        False,
-        KINDS,
-        MAX_UNIT_SHIFT,
-        SCALE_FNS,
-        LANES,
-    )

@@ -2,7 +2,7 @@
 
 The formulas are those of Smith 2017 (arXiv:1506.01186, sec. 3) as `torch.optim.lr_scheduler.CyclicLR` states them. One
 row of the hyper table describes one param group; its columns are the constants below (`fused_clr.schedules` and
-`fused_clr.hyper` write it). Integer columns hold the bits of an int64.
+`fused_clr.backends.hyper_table` write it). Integer columns hold the bits of an int64.
 """
 
 import triton
@@ -45,7 +45,7 @@ MAX_CYCLE = tl.constexpr(1 << 61)
 
 
 @triton.jit
-def locate_in_cycle(step, period_units, unit_shift, MAX_UNIT_SHIFT: tl.constexpr):
+def locate_in_cycle(step, period_units, unit_shift, max_unit_shift):
     """Zero-based cycle index of ``step`` and its phase within the cycle, both exact.
 
     Step sizes need not be integers: a float64 is an integer over ``2**unit_shift``, so the phase is
@@ -55,14 +55,14 @@ def locate_in_cycle(step, period_units, unit_shift, MAX_UNIT_SHIFT: tl.constexpr
         step: int64 block >= 0. Schedule steps.
         period_units: int64 block in (0, 2**62). Steps of one cycle, times ``2**unit_shift``.
         unit_shift: int64 block >= 0.
-        MAX_UNIT_SHIFT: The largest ``unit_shift`` of any group; 0 compiles the doubling out.
+        max_unit_shift: int64 scalar. The largest ``unit_shift`` of any group; 0 where all step sizes are integers.
 
     Returns:
         int64 block, the cycle index (saturating at ``MAX_CYCLE``); int64 block, the phase in units.
     """
     cycle = step // period_units
     phase = step % period_units
-    for bit in range(MAX_UNIT_SHIFT):
+    for bit in range(max_unit_shift):
         doubling = bit < unit_shift
         doubled = phase * 2
         wrapped = doubled >= period_units
@@ -102,7 +102,7 @@ def scale_of_cycle(
     valid,
     scale_table_ptr,
     overrun_ptr,
-    KINDS: tl.constexpr,
+    kinds,
     SCALE_FNS: tl.constexpr,
 ):
     """What the triangle's height is multiplied by: 1, ``2**-cycle``, ``gamma**step`` or the user's ``scale_fn``.
@@ -120,20 +120,20 @@ def scale_of_cycle(
         valid: bool block. Lanes that stand for a group.
         scale_table_ptr: float64 pointer. The tables of all groups, one after another.
         overrun_ptr: int64 pointer. The sticky flag.
-        KINDS: Bit set of the kinds in use; the others are compiled out.
+        kinds: int64 scalar. Bit set of the kinds in use; the others cost nothing.
         SCALE_FNS: Tuple of ``@triton.jit`` functions, float64 block -> float64 block.
 
     Returns:
         float64 block.
     """
     scale = tl.full(step.shape, 1.0, tl.float64)
-    if TRIANGULAR2 & KINDS:
+    if (kinds & TRIANGULAR2) != 0:
         scale = tl.where(kind == TRIANGULAR2, power_of_half(cycle), scale)
-    if EXP_RANGE & KINDS:
+    if (kinds & EXP_RANGE) != 0:
         # gamma = 0 has log2 -inf, and -inf * 0 would be NaN where 0**0 is 1.
         power = tl.where(step == 0, 1.0, tl.exp2(tl.maximum(step, 1).to(tl.float64) * log2_gamma))
         scale = tl.where(kind == EXP_RANGE, power, scale)
-    if TABULATED & KINDS:
+    if (kinds & TABULATED) != 0:
         tabulated = valid & (kind == TABULATED)
         index = tl.where(by_iteration, step, cycle)
         overrun = tabulated & (index >= table_length)
@@ -154,8 +154,8 @@ def cyclic_lr_and_momentum(
     hyper_table_ptr,
     scale_table_ptr,
     overrun_ptr,
-    KINDS: tl.constexpr,
-    MAX_UNIT_SHIFT: tl.constexpr,
+    kinds,
+    max_unit_shift,
     SCALE_FNS: tl.constexpr,
 ):
     """Learning rate and beta1 of the groups ``group_id`` at schedule step ``step``.
@@ -167,47 +167,47 @@ def cyclic_lr_and_momentum(
         hyper_table_ptr: float64 pointer to [num_groups, HYPER_COLUMNS].
         scale_table_ptr: float64 pointer. See ``scale_of_cycle``.
         overrun_ptr: int64 pointer. See ``scale_of_cycle``.
-        KINDS: Bit set of the kinds in use.
-        MAX_UNIT_SHIFT: The largest UNIT_SHIFT in the table.
+        kinds: int64 scalar. Bit set of the kinds in use.
+        max_unit_shift: int64 scalar. The largest UNIT_SHIFT in the table.
         SCALE_FNS: See ``scale_of_cycle``.
 
     Returns:
         float64 block, the learning rate; float64 block, beta1.
     """
     row_ptr = hyper_table_ptr + group_id * HYPER_COLUMNS
-    base_lr = tl.load(row_ptr + BASE_LR)
-    base_momentum = tl.load(row_ptr + BASE_MOMENTUM)
+    lr = tl.load(row_ptr + BASE_LR)
+    momentum = tl.load(row_ptr + BASE_MOMENTUM)
     # Nothing but constants: no division, no modulo.
-    if KINDS == CONSTANT:
-        return base_lr, base_momentum
+    if kinds != CONSTANT:
+        integer_row_ptr = row_ptr.to(tl.pointer_type(tl.int64))
+        kind = tl.load(integer_row_ptr + KIND)
+        step_units_up = tl.load(integer_row_ptr + STEP_UNITS_UP)
+        period_units = tl.load(integer_row_ptr + PERIOD_UNITS)
+        steps = step + tl.zeros_like(group_id)
+        cycle, phase = locate_in_cycle(steps, period_units, tl.load(integer_row_ptr + UNIT_SHIFT), max_unit_shift)
 
-    integer_row_ptr = row_ptr.to(tl.pointer_type(tl.int64))
-    kind = tl.load(integer_row_ptr + KIND)
-    step_units_up = tl.load(integer_row_ptr + STEP_UNITS_UP)
-    period_units = tl.load(integer_row_ptr + PERIOD_UNITS)
-    step = step + tl.zeros_like(group_id)
-    cycle, phase = locate_in_cycle(step, period_units, tl.load(integer_row_ptr + UNIT_SHIFT), MAX_UNIT_SHIFT)
-
-    rising = phase <= step_units_up
-    numerator = tl.where(rising, phase, period_units - phase).to(tl.float64)
-    height = numerator / tl.where(rising, step_units_up, period_units - step_units_up).to(tl.float64)
-    scale = scale_of_cycle(
-        step,
-        cycle,
-        kind,
-        tl.load(row_ptr + LOG2_GAMMA),
-        tl.load(integer_row_ptr + SCALE_BY_ITERATION) != 0,
-        tl.load(integer_row_ptr + TABLE_OFFSET),
-        tl.load(integer_row_ptr + TABLE_LENGTH),
-        valid,
-        scale_table_ptr,
-        overrun_ptr,
-        KINDS,
-        SCALE_FNS,
-    )
-    is_cyclic = kind != CONSTANT
-    max_momentum = tl.load(row_ptr + MAX_MOMENTUM)
-    lr = base_lr + (tl.load(row_ptr + MAX_LR) - base_lr) * height * scale
-    momentum = max_momentum - (max_momentum - base_momentum) * height * scale
-    cycles_momentum = is_cyclic & (tl.load(integer_row_ptr + CYCLE_MOMENTUM) != 0)
-    return tl.where(is_cyclic, lr, base_lr), tl.where(cycles_momentum, momentum, base_momentum)
+        rising = phase <= step_units_up
+        numerator = tl.where(rising, phase, period_units - phase).to(tl.float64)
+        height = numerator / tl.where(rising, step_units_up, period_units - step_units_up).to(tl.float64)
+        scale = scale_of_cycle(
+            steps,
+            cycle,
+            kind,
+            tl.load(row_ptr + LOG2_GAMMA),
+            tl.load(integer_row_ptr + SCALE_BY_ITERATION) != 0,
+            tl.load(integer_row_ptr + TABLE_OFFSET),
+            tl.load(integer_row_ptr + TABLE_LENGTH),
+            valid,
+            scale_table_ptr,
+            overrun_ptr,
+            kinds,
+            SCALE_FNS,
+        )
+        is_cyclic = kind != CONSTANT
+        max_momentum = tl.load(row_ptr + MAX_MOMENTUM)
+        cycled_lr = lr + (tl.load(row_ptr + MAX_LR) - lr) * height * scale
+        cycled_momentum = max_momentum - (max_momentum - momentum) * height * scale
+        cycles_momentum = is_cyclic & (tl.load(integer_row_ptr + CYCLE_MOMENTUM) != 0)
+        lr = tl.where(is_cyclic, cycled_lr, lr)
+        momentum = tl.where(cycles_momentum, cycled_momentum, momentum)
+    return lr, momentum

@@ -15,9 +15,9 @@ from triton.runtime import interpreter
 
 from fused_clr import FusedAdam, FusedAdamW
 from fused_clr.backends import launch as launcher
-from fused_clr.backends.device_plan import LaunchConfig
+from fused_clr.backends.step_launches import LaunchConfig
 from fused_clr.backends.triton import TritonEngine
-from fused_clr.kernels import adam as kernels
+from fused_clr.kernels import layout
 from fused_clr.kernels.adam import update, update_chunk
 from fused_clr.plan import CHUNK_BITS, block_size_of, chunk_words
 from fused_clr.schedules import Cyclic
@@ -121,16 +121,16 @@ def engine_of(optimizer: FusedAdam) -> TritonEngine:
 
 
 def clock_of(optimizer: FusedAdam) -> dict[str, int]:
-    words = engine_of(optimizer).clock.tolist()
+    words = engine_of(optimizer).memory.clock.tolist()
     names = ("SCHEDULE_STEP", "SLOT", "DONE", "GENERATION", "OVERRUN", "STALE")
-    return {name: words[getattr(kernels, name).value] for name in names}
+    return {name: words[getattr(layout, name).value] for name in names}
 
 
 def device_memory(optimizer: FusedAdam) -> Iterator[Tensor]:
     """Everything a launch may write."""
-    engine = engine_of(optimizer)
-    yield from (engine.clock, engine.scalars, engine.scalars_float64, engine.update_steps, engine.step_mirror)
-    yield engine.live
+    memory = engine_of(optimizer).memory
+    yield from (memory.words, memory.history, memory.scalars, memory.scalars_float64)
+    yield from (memory.update_steps, memory.step_mirror)
     for param in params_of(optimizer):
         yield param.detach()
         yield from (value for value in optimizer.state.get(param, {}).values())
@@ -211,7 +211,8 @@ def test_a_skip_changes_no_bit(found_inf: float, warm: bool) -> None:
             each.step()
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(found_inf)
     set_gradients(optimizer, 7)
-    optimizer._engines.prepared()
+    optimizer._engines.ready()
+    engine.prepare()
     before = copies(device_memory(optimizer))
     for _ in range(2):
         optimizer.step()
@@ -272,7 +273,7 @@ def test_a_launch_of_another_generation_says_so_and_does_nothing_else() -> None:
     set_gradients(optimizer, 1)
     optimizer.step()
     assert clock_of(optimizer)["STALE"] == 1
-    engine.clock[kernels.STALE.value] = 0
+    engine.memory.clock[layout.STALE.value] = 0
     assert same_bits(before, list(device_memory(optimizer)))
 
 
@@ -281,10 +282,14 @@ def test_no_access_outside_the_tensors(allow_access: Callable[[Sequence[Tensor]]
     optimizer = make_optimizer(amsgrad=True)
     set_gradients(optimizer, 0)
     engine = engine_of(optimizer)
-    optimizer._engines.prepared()
-    (plan,) = engine._plans.values()
+    optimizer._engines.ready()
+    engine.prepare()
+    ((plan, _),) = engine._plans.values()
+    assert engine._scale_table is not None
+    memory = engine.memory
     grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
-    read = [engine.hyper_table, engine.scale_table, engine.no_grad_scale, engine.no_found_inf, *plan.tables, *grads]
+    read = [memory.hyper_table, engine._scale_table, memory.no_grad_scale, memory.no_found_inf]
+    read += [plan.tensor_table, plan.chunk_table, *grads]
     allow_access([*read, *device_memory(optimizer)])
     optimizer.step()
     optimizer.step()
@@ -348,8 +353,10 @@ def one_chunk_kernel(
         BLOCK_SIZE,
         scalars_ptr,
         tl.load(grad_scale_ptr),
+        tl.load(grad_scale_ptr).to(tl.float64),
         tl.float32,
         tl.float32,
+        False,
         False,
         BLOCK_SIZE,
         ALIGNED,
@@ -361,8 +368,8 @@ def one_chunk_kernel(
 def test_a_false_promise_is_caught(column: int, promised: list[int]) -> None:
     parts = [torch.ones(BLOCK_SIZE + 1) for _ in range(4)]
     addresses = [part.data_ptr() + 4 * (column == i) for i, part in enumerate(parts)]
-    table = torch.tensor([*addresses, 0, BLOCK_SIZE, 0, 1])
-    scalars, grad_scale = torch.ones(kernels.SCALAR_COLUMNS.value), torch.ones(1)
+    table = torch.tensor([*addresses, 0, BLOCK_SIZE, 0, 1, layout.FLOAT32.value])
+    scalars, grad_scale = torch.ones(layout.SCALAR_COLUMNS.value), torch.ones(1)
     with pytest.raises(interpreter.InterpreterError, match="promised to be a multiple of 16"):
         one_chunk_kernel[(1,)](table, scalars, grad_scale, BLOCK_SIZE, True)
     assert all(torch.equal(part, torch.ones(BLOCK_SIZE + 1)) for part in parts)
@@ -397,9 +404,11 @@ def one_update_kernel(
         chunk_table_ptr,
         scalars_ptr,
         tl.load(grad_scale_ptr),
+        tl.load(grad_scale_ptr).to(tl.float64),
         1,
         tl.float32,
         tl.float32,
+        False,
         False,
         BLOCK_SIZE,
     )
@@ -415,10 +424,10 @@ def test_offsets_beyond_two_to_the_31(
     """The tensors begin so far before a small buffer that this chunk of theirs lies in it."""
     numel = (chunk + 1) * BLOCK_SIZE - missing
     far, near = ([torch.linspace(1, 2, BLOCK_SIZE) for _ in range(4)] for _ in range(2))
-    scalars, grad_scale = torch.full((kernels.SCALAR_COLUMNS.value,), 0.5), torch.ones(1)
+    scalars, grad_scale = torch.full((layout.SCALAR_COLUMNS.value,), 0.5), torch.ones(1)
     for parts, index, size in ((far, chunk, numel), (near, 0, BLOCK_SIZE - missing)):
         addresses = [part.data_ptr() - 4 * BLOCK_SIZE * index for part in parts]
-        table = torch.tensor([*addresses, 0, size, 0, 1])
+        table = torch.tensor([*addresses, 0, size, 0, 1, layout.FLOAT32.value])
         chunks = torch.tensor([index])
         allow_access([*parts, table, chunks, scalars, grad_scale])
         one_update_kernel[(1,)](table, chunks, scalars, grad_scale, BLOCK_SIZE)

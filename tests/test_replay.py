@@ -18,6 +18,8 @@ def set_gradients(pair: Pair, step: int, active: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(step)
     for index, param in enumerate(pair.params):
         gradient = torch.randn(param.shape, generator=generator)
+        # What is to be left alone says so: a capture refuses a parameter that wants a gradient and has none.
+        param.requires_grad_(index in active)
         if index not in active:
             param.grad = None
         elif param.grad is None:

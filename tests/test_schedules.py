@@ -169,8 +169,8 @@ def evaluate_kernel(
     overrun_ptr,
     out_ptr,
     num_groups,
-    KINDS: tl.constexpr,
-    MAX_UNIT_SHIFT: tl.constexpr,
+    kinds,
+    max_unit_shift,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -179,7 +179,7 @@ def evaluate_kernel(
     step = tl.load(steps_ptr + tl.program_id(0))
     group_id = tl.where(valid, group_id, 0)
     lr, momentum = cyclic_lr_and_momentum(
-        step, group_id, valid, hyper_table_ptr, scale_table_ptr, overrun_ptr, KINDS, MAX_UNIT_SHIFT, SCALE_FNS
+        step, group_id, valid, hyper_table_ptr, scale_table_ptr, overrun_ptr, kinds, max_unit_shift, SCALE_FNS
     )
     row_ptr = out_ptr + tl.program_id(0) * 2 * num_groups
     tl.store(row_ptr + group_id, lr, mask=valid)
@@ -199,8 +199,8 @@ def from_kernel(schedules: list[Cyclic | None], steps: list[int]) -> tuple[np.nd
         overrun,
         out,
         len(groups),
-        KINDS=table.kinds,
-        MAX_UNIT_SHIFT=table.max_unit_shift,
+        table.kinds,
+        table.max_unit_shift,
         SCALE_FNS=table.scale_functions,
         LANES=16,
     )

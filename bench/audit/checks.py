@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fused_clr.backends.triton import DEFAULT_CONFIG
+from fused_clr.backends.step_launches import DEFAULT_CONFIG
 
 from .assembly import UnreadableError
 from .machine_code import WIDE_BYTES, Reading, read_amdgcn, read_cubin

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_clr.backends.triton import DEFAULT_CONFIG
+from fused_clr.backends.step_launches import DEFAULT_CONFIG, PARTIALS
 from fused_clr.plan import block_size_of
 
 TARGETS = {
@@ -39,6 +39,9 @@ POINTERS = {
     "scalars_float64_ptr": "*fp64",
     "step_mirror_ptr": "*fp32",
     "live_ptr": "*fp64",
+    "norm_ptr": "*fp64",
+    "history_ptr": "*fp64",
+    "partial_sums_ptr": "*fp64",
     "grad_scale_ptr": "*fp32",
     "found_inf_ptr": "*fp32",
 }
@@ -62,23 +65,27 @@ class Variant(NamedTuple):
 
     Attributes:
         target: A key of TARGETS.
-        kernel: "adam_kernel" or "prime_kernel".
-        all_kinds: Every kind of schedule, a ``scale_fn`` and step sizes that are no integers; or constants alone.
+        kernel: "adam_kernel", "prime_kernel" or "norm_kernel".
+        scale_fn: With a user's compiled ``scale_fn``.
         param_dtype: A key of DTYPES. For adam_kernel alone, as are the next four.
         grad_dtype: A key of DTYPES.
         amsgrad: See the kernel.
         is_last: See the kernel.
         ones: Every integer argument is the constant 1, which is how Triton may specialise it.
+        store_grads: See the kernel. For adam_kernel alone.
+        all_dtypes: Gradients of every dtype in one launch, or float32 alone. For norm_kernel alone.
     """
 
     target: str
     kernel: str
-    all_kinds: bool
+    scale_fn: bool = False
     param_dtype: str = "float32"
     grad_dtype: str = "float32"
     amsgrad: bool = False
     is_last: bool = True
     ones: bool = False
+    store_grads: bool = False
+    all_dtypes: bool = False
 
     @property
     def block_size(self) -> int:
@@ -94,7 +101,10 @@ class Variant(NamedTuple):
             words += [f"grad={self.grad_dtype}"] if self.grad_dtype != self.param_dtype else []
             words += ["amsgrad"] if self.amsgrad else []
             words.append("last" if self.is_last else "not-last")
-        words += [("all-kinds" if self.all_kinds else "constants")] if self.is_last else []
+            words += ["store-grads"] if self.store_grads else []
+        if self.kernel == "norm_kernel":
+            words.append("all-dtypes" if self.all_dtypes else "float32")
+        words += ["scale-fn"] if self.scale_fn else []
         words += ["ones"] if self.ones else []
         return " ".join(words)
 
@@ -110,13 +120,14 @@ def all_variants() -> list[Variant]:
     for target in TARGETS:
         for (param, grad), amsgrad in itertools.product(COMBINATIONS, (False, True)):
             variants += [
-                Variant(target, "adam_kernel", True, param, grad, amsgrad),
                 Variant(target, "adam_kernel", False, param, grad, amsgrad),
                 Variant(target, "adam_kernel", False, param, grad, amsgrad, is_last=False),
             ]
         variants.append(Variant(target, "adam_kernel", True, ones=True))
-        primes = itertools.product((False, True), (False, True))
-        variants += [Variant(target, "prime_kernel", all_kinds, ones=ones) for all_kinds, ones in primes]
+        variants.append(Variant(target, "adam_kernel", store_grads=True))
+        for flag in (False, True):
+            variants.append(Variant(target, "prime_kernel", flag, ones=flag))
+            variants.append(Variant(target, "norm_kernel", all_dtypes=flag, ones=flag))
     return variants
 
 
@@ -135,6 +146,11 @@ class Kernels:
         package = sys.modules[name] = ModuleType(name)
         package.__path__ = [str(folder)]
         self.adam = importlib.import_module(f"{name}.adam")
+        self.modules = {
+            "adam_kernel": self.adam,
+            "prime_kernel": importlib.import_module(f"{name}.evaluate"),
+            "norm_kernel": importlib.import_module(f"{name}.norm"),
+        }
         source = inspect.getsource(self.adam)
         calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
         self.access_lines = {
@@ -151,16 +167,17 @@ class Kernels:
         Returns:
             Triton's CompiledKernel; only its ``asm`` is of use without a GPU.
         """
-        kernel = getattr(self.adam, variant.kernel)
+        kernel = getattr(self.modules[variant.kernel], variant.kernel)
         target = TARGETS[variant.target]
         constants = {
             "PARAM_DTYPE": DTYPES[variant.param_dtype],
             "GRAD_DTYPE": DTYPES[variant.grad_dtype],
             "AMSGRAD": variant.amsgrad,
             "IS_LAST": variant.is_last,
-            "KINDS": 0b111111 if variant.all_kinds else 0b1,
-            "MAX_UNIT_SHIFT": 54 if variant.all_kinds else 0,
-            "SCALE_FNS": (inverse_growth,) if variant.all_kinds else (),
+            "STORE_GRADS": variant.store_grads,
+            "SCALE_FNS": (inverse_growth,) if variant.scale_fn else (),
+            "DTYPES": 0b1111 if variant.all_dtypes else 0b100,
+            "PARTIALS": PARTIALS,
             "BLOCK_SIZE": variant.block_size,
             "LANES": DEFAULT_CONFIG.lanes,
         }

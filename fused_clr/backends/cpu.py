@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..hyperparameters import Hyperparameters, same_layout
+from ..telemetry import HISTORY_COLUMNS, LR, MOMENTUM, History, Status, ordered_history
+from .capture import EngineCapture
 from .engine import DevicesChangedError, Engine
 from .launch import recorders
+
+# As `torch.nn.utils.clip_grad_norm_`.
+CLIP_EPS = 1e-6
 
 
 @dataclass
@@ -29,9 +36,20 @@ class Batch:
     converts: bool
     is_complex: bool
 
-    def gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """This batch's gradients, as torch's kernel wants them."""
+    def gradients(self, grads: Sequence[Tensor | None], factor: float, store: bool) -> list[Tensor]:
+        """This batch's gradients, as torch's kernel wants them.
+
+        Args:
+            grads: One entry per parameter of the engine.
+            factor: What they are multiplied by.
+            store: Multiply the given ones, and not copies.
+        """
         own: list[Any] = [grads[index] for index in self.indices]
+        if factor != 1.0:
+            if store:
+                torch._foreach_mul_(own, factor)
+            else:
+                own = list(torch._foreach_mul(own, factor))
         if self.converts:
             own = [torch.empty_like(param).copy_(grad) for param, grad in zip(self.params, own, strict=True)]
         return own
@@ -56,6 +74,12 @@ class CpuEngine(Engine[CpuPlan]):
         self.live_beta1 = torch.zeros(num_groups, dtype=torch.float64)
         # Writes through numpy cost a tenth of a torch call.
         self._live_lr, self._live_beta1 = self.live_lr.numpy(), self.live_beta1.numpy()
+        self.grad_norm = torch.tensor(math.nan, dtype=torch.float64)
+        self.applied_steps, self.skipped_steps = counts = torch.zeros(2, dtype=torch.int64)
+        self._counts = counts.numpy()
+        self._history = np.zeros((self.options.history_size, num_groups, HISTORY_COLUMNS))
+        self._max_grad_norm = self.options.max_grad_norm
+        self._clip_coefficient, self._overflow = 1.0, False
         self._grads: list[Tensor | None] = []
         self._evaluate()
         self._applied = self._next
@@ -69,6 +93,7 @@ class CpuEngine(Engine[CpuPlan]):
         for index, (lr, beta1) in enumerate(self._next):
             self._live_lr[index] = lr
             self._live_beta1[index] = beta1
+        self._has_tensor_lr = any(isinstance(h.lr, Tensor) for h in self.hyperparameters)
 
     def build_plan(self, grads: Sequence[Tensor | None]) -> CpuPlan:
         """Sorts the tensors into batches. See `Engine.build_plan`."""
@@ -106,31 +131,64 @@ class CpuEngine(Engine[CpuPlan]):
             is_complex,
         )
 
-    def prepare(self) -> None:
+    def prepare(self) -> EngineCapture | None:
         """See `Engine.prepare`."""
         if self.params and self.params[0].device != self.device:
             raise DevicesChangedError
         if recorders:
             raise RuntimeError("record_launches() records kernels, and the cpu backend launches none")
+        if self._has_tensor_lr:
+            self._evaluate()
         self._grads = [param.grad for param in self.params]
         self.plan_for(self._grads)
+        return None
+
+    def measure(self, grad_scale: Tensor | None, skip_nonfinite: bool) -> None:
+        """See `Engine.measure`."""
+        norm = float(torch.nn.utils.get_total_norm([grad for grad in self._grads if grad is not None]))
+        if grad_scale is not None:
+            norm /= float(grad_scale)
+        self._set_norm(norm, skip_nonfinite)
+
+    def _set_norm(self, norm: float, skip_nonfinite: bool) -> None:
+        assert self._max_grad_norm is not None
+        self.grad_norm.fill_(norm)
+        ratio = self._max_grad_norm / (norm + CLIP_EPS)
+        # A comparison and not a minimum, which would drop a NaN.
+        self._clip_coefficient = 1.0 if ratio > 1.0 else ratio
+        self._overflow = skip_nonfinite and not math.isfinite(norm)
 
     def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See `Engine.launch`."""
         grads, self._grads = self._grads, []
-        if found_inf is not None and found_inf.item() != 0:
-            return
-        plan = self._plan
-        assert plan is not None
-        if plan.steps is None:
-            self.step_mirror.add_(1)
-        elif plan.steps:
-            torch._foreach_add_(plan.steps, 1)
-        for batch in plan.batches:
-            self._update(batch, batch.gradients(grads), grad_scale)
-        self.tick()
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        skipped = self._overflow or (found_inf is not None and float(found_inf) != 0)
+        if len(self._history):
+            self._record(scale, skipped)
+        self._counts[int(skipped)] += 1
+        if not skipped:
+            plan = self._plan
+            assert plan is not None
+            if plan.steps is None:
+                self.step_mirror.add_(1)
+            elif plan.steps:
+                torch._foreach_add_(plan.steps, 1)
+            factor = self._clip_coefficient / scale
+            for batch in plan.batches:
+                self._update(batch, batch.gradients(grads, factor, self.options.store_grads))
+        if not skipped or self.options.advance_on_skip:
+            self.tick()
 
-    def _update(self, batch: Batch, grads: list[Tensor], grad_scale: Tensor | None) -> None:
+    def _record(self, grad_scale: float, skipped: bool) -> None:
+        """Writes a row of the history, of what this step applies."""
+        entry = int(self._counts[0] + self._counts[1])
+        row = self._history[entry % len(self._history)]
+        row[:, :LR] = entry + 1, self.host_step
+        row[:, LR] = self._live_lr
+        row[:, MOMENTUM] = self._live_beta1
+        row[:, MOMENTUM + 1 :] = float(self.grad_norm), self._clip_coefficient, grad_scale, skipped
+
+    def _update(self, batch: Batch, grads: list[Tensor]) -> None:
         h = self.hyperparameters[batch.group_index]
         lr, beta1 = self._next[batch.group_index]
         params = batch.params
@@ -144,15 +202,13 @@ class CpuEngine(Engine[CpuPlan]):
             batch.exp_avg_sqs,
             batch.max_exp_avg_sqs,
             batch.steps,
-            # A tensor lr counts as it is now, which the last evaluation cannot know.
-            lr=float(h.lr) if h.schedule is None else lr,
+            lr=lr,
             beta1=beta1,
             beta2=h.beta2,
             weight_decay=h.weight_decay,
             eps=h.eps,
             amsgrad=h.amsgrad,
             maximize=h.maximize,
-            grad_scale=grad_scale,
         )
 
     def tick(self) -> None:
@@ -188,6 +244,47 @@ class CpuEngine(Engine[CpuPlan]):
     def set_update_steps(self, steps: Sequence[int]) -> None:
         """See `Engine.set_update_steps`."""
         self.step_mirror.copy_(torch.tensor(list(steps), dtype=torch.float32))
+
+    def get_sum_of_squares(self) -> Tensor:
+        """See `Engine.get_sum_of_squares`."""
+        return self.grad_norm.square()
+
+    def set_sum_of_squares(self, total: Tensor, skip_nonfinite: bool) -> None:
+        """See `Engine.set_sum_of_squares`."""
+        self._set_norm(math.sqrt(float(total)), skip_nonfinite)
+
+    def set_max_grad_norm(self, max_grad_norm: float) -> None:
+        """See `Engine.set_max_grad_norm`."""
+        self._max_grad_norm = max_grad_norm
+
+    def copy_status(self) -> Tensor:
+        """See `Engine.copy_status`: there is nothing to wait for."""
+        return torch.empty(0, dtype=torch.int64)
+
+    def parse_status(self, words: Tensor) -> Status:
+        """See `Engine.parse_status`."""
+        del words
+        return Status(
+            self.host_step,
+            self._live_lr.copy(),
+            self._live_beta1.copy(),
+            float(self.grad_norm),
+            int(self._counts[0]),
+            int(self._counts[1]),
+            False,
+        )
+
+    def read_history(self, count: int) -> History:
+        """See `Engine.read_history`."""
+        return ordered_history(self._history, count)
+
+    def get_counts(self) -> tuple[int, int]:
+        """See `Engine.get_counts`."""
+        return int(self._counts[0]), int(self._counts[1])
+
+    def set_counts(self, applied_steps: int, skipped_steps: int) -> None:
+        """See `Engine.set_counts`."""
+        self._counts[:] = applied_steps, skipped_steps
 
 
 def _scheduled(hyperparameters: Hyperparameters, step: int) -> tuple[float, float]:

@@ -1,57 +1,21 @@
-"""A plan's tables on the device, and how its kernels are compiled and launched."""
+"""A plan's tables on the device."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..kernels.adam import GRAD, PARAM
+from ..kernels import layout
 from ..plan import LaunchPlan
-from .launch import Launch
+from .step_launches import StepLaunches
 
-TRITON_DTYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
-
-class LaunchConfig(NamedTuple):
-    """How kernels are compiled and how large their grid is.
-
-    Attributes:
-        block_size: Elements of a chunk; half of it for float64 parameters.
-        num_warps: Warps of a program.
-        lanes: Lanes of an evaluator; no more than a program's threads, or it would do its float64 work twice.
-        programs_per_multiprocessor: Updaters each multiprocessor gets; each loops over its chunks, since a program per
-            chunk would retire a million times at one address.
-    """
-
-    block_size: int = 2048
-    num_warps: int = 8
-    lanes: int = 256
-    programs_per_multiprocessor: int = 8
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Compile options. Contraction to FMA is stated, since Triton's default changes between versions."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
-
-
-DEFAULT_CONFIG = LaunchConfig()
-
-
-class DeviceTables(NamedTuple):
-    """A plan's tables on the device: int64[num_tensors, TENSOR_COLUMNS] and int64[num_chunks]."""
-
-    tensor_table: Tensor
-    chunk_table: Tensor
+# Tensor tables kept for captures to come: graphs that can be captured with no eager step between.
+SPARE_TABLES = 4
 
 
 class DevicePlan:
@@ -75,27 +39,37 @@ class DevicePlan:
     ) -> None:
         self.plan = plan
         self.params = params
+        self.param_layouts = layouts(params)
         self.rows = rows
         self.buffers = buffers
         self.device = device
         self.addresses: list[int] | None = None
-        # What a launch needs besides addresses: the kernel with its arguments, and what it was compiled to.
-        self.launches: list[tuple[Launch, Any]] = []
-        self.tables = self.new_tables()
-        # For the next capture, during which nothing may be allocated.
-        self.spare_tables: DeviceTables | None = None
+        self.launches: StepLaunches | None = None
+        self.chunk_table = upload(plan.chunk_table, device)
+        self.tensor_table = self.new_tensor_table()
+        # For captures to come, during which nothing may be allocated.
+        self.spare_tables: list[Tensor] = []
 
-    def new_tables(self) -> DeviceTables:
-        """Device tables of the plan: the chunk table filled, the tensor table not yet."""
-        tensor_table = torch.empty(self.rows.shape, dtype=torch.int64, device=self.device)
-        return DeviceTables(tensor_table, upload(self.plan.chunk_table, self.device))
+    def new_tensor_table(self) -> Tensor:
+        """int64[num_tensors, TENSOR_COLUMNS] on the device, not yet filled."""
+        return torch.empty(self.rows.shape, dtype=torch.int64, device=self.device)
+
+    def stock_spare_tables(self) -> None:
+        """Allocates what the next captures need."""
+        while len(self.spare_tables) < SPARE_TABLES:
+            self.spare_tables.append(self.new_tensor_table())
 
     def set_addresses(self, addresses: list[int]) -> None:
         """Writes the addresses of parameters, then gradients, into the rows; uploads nothing."""
         count = len(self.params)
         active = np.array(self.plan.active, np.intp)
-        self.rows[active, PARAM.value] = addresses[:count]
-        self.rows[active, GRAD.value] = addresses[count:]
+        self.rows[active, layout.PARAM.value] = addresses[:count]
+        self.rows[active, layout.GRAD.value] = addresses[count:]
+
+
+def layouts(tensors: Sequence[Tensor]) -> list[Any]:
+    """What an address says nothing about."""
+    return [(tensor.dtype, tensor.stride()) for tensor in tensors]
 
 
 def upload(array: NDArray[Any], device: torch.device, out: Tensor | None = None) -> Tensor:

@@ -9,8 +9,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..hyperparameters import Hyperparameters, check_gradient, same_layout
+from ..hyperparameters import Hyperparameters, StepOptions, check_gradient, same_layout
+from ..telemetry import History, Status
 from ..watched import OptimizerState
+from .capture import EngineCapture
+from .layout_guard import LayoutGuard
 
 Plan = TypeVar("Plan")
 
@@ -43,15 +46,18 @@ class Engine(ABC, Generic[Plan]):
         records: The parameters, in the order of ``optimizer.param_groups``.
         state: ``optimizer.state``.
         hyperparameters: One entry per param group, also of groups with no parameter here.
+        options: What holds for all groups.
         schedule_step: Where the clock starts.
         update_steps: Updates each parameter got so far.
     """
 
-    # float64[num_groups], live: what the next step applies.
+    # Live tensors. float64[num_groups]: what the next step applies.
     live_lr: Tensor
     live_beta1: Tensor
-    # A step of this engine has been captured or recorded: replays tick the clock, and nothing else may.
-    captured = False
+    # float64[], int64[], int64[].
+    grad_norm: Tensor
+    applied_steps: Tensor
+    skipped_steps: Tensor
 
     def __init__(
         self,
@@ -59,6 +65,7 @@ class Engine(ABC, Generic[Plan]):
         records: Sequence[TensorRecord],
         state: OptimizerState,
         hyperparameters: Sequence[Hyperparameters],
+        options: StepOptions,
         schedule_step: int,
         update_steps: Sequence[int],
     ) -> None:
@@ -69,6 +76,7 @@ class Engine(ABC, Generic[Plan]):
         # The clock as far as the host knows it: replays and skips happen behind its back.
         self.host_step = schedule_step
         self.hyperparameters = list(hyperparameters)
+        self.options = options
         # Updates per tensor as users see them, ``state[p]["step"]``, each a 0-dim view.
         self.step_mirror = torch.tensor(list(update_steps), dtype=torch.float32, device=device)
         for view, param in zip(self.step_mirror, self.params, strict=True):
@@ -85,12 +93,33 @@ class Engine(ABC, Generic[Plan]):
         """Plans the update of the parameters whose gradient is not None."""
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Readies the next launch. Every error a user can cause is raised here, before anything has changed."""
+    def prepare(self) -> EngineCapture | None:
+        """Readies the next launch. Every error a user can cause is raised here, before anything has changed.
+
+        Returns:
+            What a captured or recorded step assumes; None for an eager one.
+        """
+
+    @abstractmethod
+    def measure(self, grad_scale: Tensor | None, skip_nonfinite: bool) -> None:
+        """Computes the norm of the gradients that `prepare` found, and their clip coefficient.
+
+        Args:
+            grad_scale: The loss scale.
+            skip_nonfinite: A norm that is not finite makes `launch` skip.
+        """
 
     @abstractmethod
     def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Updates what `prepare` found, and ticks; nothing at all where ``found_inf`` is not 0."""
+        """Updates what `prepare` found, and ticks; neither where ``found_inf`` or an overflow says so."""
+
+    @abstractmethod
+    def get_sum_of_squares(self) -> Tensor:
+        """float64[], the square of the norm that `measure` found."""
+
+    @abstractmethod
+    def set_sum_of_squares(self, total: Tensor, skip_nonfinite: bool) -> None:
+        """Makes the norm that of several devices' gradients."""
 
     @abstractmethod
     def tick(self) -> None:
@@ -120,6 +149,37 @@ class Engine(ABC, Generic[Plan]):
     def set_update_steps(self, steps: Sequence[int]) -> None:
         """Sets how many updates each parameter got, in place."""
 
+    @abstractmethod
+    def set_max_grad_norm(self, max_grad_norm: float) -> None:
+        """Takes a new limit, in place."""
+
+    @abstractmethod
+    def copy_status(self) -> Tensor:
+        """Sends for the engine's status without waiting for it; `parse_status` reads what has arrived."""
+
+    @abstractmethod
+    def parse_status(self, words: Tensor) -> Status:
+        """Reads what `copy_status` gave."""
+
+    @abstractmethod
+    def read_history(self, count: int) -> History:
+        """The latest steps, in one copy."""
+
+    @abstractmethod
+    def get_counts(self) -> tuple[int, int]:
+        """Reads how many steps were applied and skipped."""
+
+    @abstractmethod
+    def set_counts(self, applied_steps: int, skipped_steps: int) -> None:
+        """Sets how many were, in place; and the history then starts anew."""
+
+    def refresh(self) -> None:
+        """Takes over what was written in place, which nobody watches."""
+
+    def get_stale_replay(self) -> bool:
+        """Whether a captured launch was replayed that no longer fits."""
+        return False
+
     def get_schedule_exhausted(self) -> bool:
         """Whether a tabulated scale_fn has no value left for the next step."""
         return False
@@ -130,11 +190,18 @@ class Engine(ABC, Generic[Plan]):
     # What they share.
     def drop_plans(self) -> None:
         """Forgets all plans: the state tensors may be others than before."""
-        self._plans: dict[Any, Plan] = {}
-        self._layout: list[Any] | None = None
+        self._plans: dict[Any, tuple[Plan, LayoutGuard]] = {}
         self._plan: Plan | None = None
+        self._guard = LayoutGuard([])
 
-    def plan_for(self, grads: Sequence[Tensor | None]) -> Plan:
+    def refuse_new_plan(self, names: Sequence[str]) -> None:
+        """Raises where a plan must not be made: during capture.
+
+        Args:
+            names: Parameters whose state tensors would have to be made.
+        """
+
+    def plan_for(self, grads: list[Tensor | None]) -> Plan:
         """The plan for these gradients: the last one, one from the cache, or a new one.
 
         Args:
@@ -144,42 +211,54 @@ class Engine(ABC, Generic[Plan]):
             RuntimeError: A gradient cannot update its parameter; the message names it.
             DevicesChangedError: A parameter has moved.
         """
-        layout: list[Any] | None
-        try:
-            layout = [g if g is None else g.stride() for g in grads]
-        except RuntimeError:
-            # Sparse tensors have no strides; the checks below name them.
-            layout = None
-        if layout is not None:
-            # A model may be cast between steps, and its gradients with it.
-            layout += [g if g is None else g.dtype for g in grads]
-        if layout is not None and self._grad_dtypes_vary:
-            layout += [param.dtype for param in self.params]
-        if layout is not None and self._has_complex:
-            # Both bits mean that memory does not hold what the tensor says.
-            layout += [g if g is None else (g.is_conj(), g.is_neg()) for g in grads]
-        if self._plan is not None and layout == self._layout:
+        if self._plan is not None and not self._grad_dtypes_vary and self._guard.matches(grads):
             return self._plan
-
-        key = None if layout is None else tuple(layout)
-        plan = None if key is None else self._plans.get(key)
+        key = self._layout_of(grads)
+        plan, guard = self._plans.get(key, (None, None)) if key is not None else (None, None)
         if plan is None:
-            if any(param.device != self.device for param in self.params):
-                raise DevicesChangedError
-            active = [(record, grad) for record, grad in zip(self.records, grads, strict=True) if grad is not None]
-            for record, grad in active:
-                check_gradient(record.name, record.param, grad)
-                self.check_state(record)
-            replaced = [self.prepare_state(index) for index, grad in enumerate(grads) if grad is not None]
-            if any(replaced):
-                # Other plans hold the moments that were replaced.
-                self.drop_plans()
-            plan = self.build_plan(grads)
+            plan = self._new_plan(grads)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = plan
-        self._layout, self._plan = layout, plan
+        # Asked in vain, it was made in another state of torch's dispatcher: an autocast region, say.
+        if guard is None or guard is self._guard:
+            guard = LayoutGuard(grads)
+        self._plans[key] = plan, guard
+        self._plan, self._guard = plan, guard
         return plan
+
+    def _layout_of(self, grads: list[Tensor | None]) -> tuple[Any, ...] | None:
+        """Whatever makes a plan another; None for gradients that no plan can be for."""
+        try:
+            layout: list[Any] = [g if g is None else g.stride() for g in grads]
+        except RuntimeError:
+            # Sparse tensors have no strides; the checks of a new plan name them.
+            return None
+        # A model may be cast between steps, and its gradients with it.
+        layout += [g if g is None else g.dtype for g in grads]
+        if self._grad_dtypes_vary:
+            layout += [param.dtype for param in self.params]
+        if self._has_complex:
+            # Both bits mean that memory does not hold what the tensor says.
+            layout += [g if g is None else (g.is_conj(), g.is_neg()) for g in grads]
+        return tuple(layout)
+
+    def _new_plan(self, grads: Sequence[Tensor | None]) -> Plan:
+        if any(param.device != self.device for param in self.params):
+            raise DevicesChangedError
+        active = [(record, grad) for record, grad in zip(self.records, grads, strict=True) if grad is not None]
+        for record, grad in active:
+            check_gradient(record.name, record.param, grad)
+            self.check_state(record)
+        self.refuse_new_plan([record.name for record, _ in active if self._lacks_state(record)])
+        replaced = [self.prepare_state(index) for index, grad in enumerate(grads) if grad is not None]
+        if any(replaced):
+            # Other plans hold the moments that were replaced.
+            self.drop_plans()
+        return self.build_plan(grads)
+
+    def _lacks_state(self, record: TensorRecord) -> bool:
+        state = self.state.get(record.param) or {}
+        return not set(moment_names(self.hyperparameters[record.group_index].amsgrad)) <= set(state)
 
     def check_state(self, record: TensorRecord) -> None:
         """Checks state tensors that a user may have put in place.

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..captured import CapturedStep
 from ..hyperparameters import read_hyperparameters
 from . import Engine, TensorRecord, engine_class
 from .engine import DevicesChangedError
 
 if TYPE_CHECKING:
-    from ..optim import FusedAdam
+    from ..base import FusedOptimizer
 
 
 class EngineSet:
@@ -28,9 +29,16 @@ class EngineSet:
         optimizer: The optimizer.
         schedule_step: Where the clock starts.
         update_steps: Updates that parameters got so far; for others ``state[p]["step"]`` counts.
+        counts: Steps applied and skipped so far.
     """
 
-    def __init__(self, optimizer: FusedAdam, schedule_step: int = 0, update_steps: dict[Tensor, int] | None = None):
+    def __init__(
+        self,
+        optimizer: FusedOptimizer,
+        schedule_step: int = 0,
+        update_steps: dict[Tensor, int] | None = None,
+        counts: tuple[int, int] = (0, 0),
+    ) -> None:
         self.optimizer = optimizer
         self.structure_changed = True
         self.state_changed = False
@@ -38,8 +46,9 @@ class EngineSet:
         self._schedule_step = schedule_step
         self._update_steps = dict(update_steps or {})
         self._engines: list[Engine[Any]] = []
-        # A graph captured from an engine that was replaced may still be replayed, and must find its memory.
-        self._retired: list[Engine[Any]] = []
+        # Captured or recorded steps that may still be replayed.
+        self.captured_steps: list[CapturedStep] = []
+        self._applied_steps, self._skipped_steps = counts
         # Torch lets users append to group["params"].
         self._param_lists: list[list[Tensor]] = []
         self._param_counts: list[int] = []
@@ -67,18 +76,49 @@ class EngineSet:
             self.hyperparameters_changed = False
         return self._engines
 
-    def prepared(self) -> Sequence[Engine[Any]]:
-        """The engines, ready to launch. Every error that a user can cause in a step is raised here."""
+    def refresh_captured(self) -> None:
+        """Takes over at once what was written, where captured steps run with no host code that could do it later."""
+        if self.captured_steps and not self.structure_changed:
+            self.ready()
+
+    def has_stale_replay(self) -> bool:
+        """Whether a captured step that no longer fits was replayed. Waits for the device."""
+        engines = {id(part.engine): part.engine for step in self.captured_steps for part in step.parts}
+        return any(engine.get_stale_replay() for engine in engines.values())
+
+    def counts(self) -> tuple[int, int]:
+        """Steps applied and skipped so far. Waits for the device."""
+        return self.ready()[0].get_counts()
+
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Takes a step on every device. Every error that a user can cause is raised before anything has changed."""
         engines = self.ready()
         try:
-            for engine in engines:
-                engine.prepare()
+            captures = [engine.prepare() for engine in engines]
         except DevicesChangedError:
             self.structure_changed = True
             engines = self.ready()
+            captures = [engine.prepare() for engine in engines]
+        if captures[0] is not None:
+            self.captured_steps.append(CapturedStep([capture for capture in captures if capture is not None]))
+        options = self.optimizer._options
+        if options.max_grad_norm is not None:
+            # A loss scale without a check for overflow: the norm is the check.
+            skip_nonfinite = options.skip_nonfinite or (grad_scale is not None and found_inf is None)
             for engine in engines:
-                engine.prepare()
-        return engines
+                engine.measure(grad_scale, skip_nonfinite)
+            if len(engines) > 1:
+                self._share_norm(skip_nonfinite)
+        for engine in engines:
+            engine.launch(grad_scale, found_inf)
+
+    def _share_norm(self, skip_nonfinite: bool) -> None:
+        """Gives every device the norm over all of them: they clip, and skip, together."""
+        device = self._engines[0].device
+        sums = [engine.get_sum_of_squares().to(device, non_blocking=True) for engine in self._engines]
+        total = torch.stack(sums).sum()
+        for engine in self._engines:
+            engine.set_sum_of_squares(total, skip_nonfinite)
 
     def update_steps(self) -> dict[Tensor, int]:
         """How many updates each parameter got. Waits for the device."""
@@ -92,6 +132,7 @@ class EngineSet:
         """Sorts the parameters by device, and gives each device an engine that goes on where the old one was."""
         if self._engines:
             self._schedule_step = self._engines[0].get_schedule_step()
+            self._applied_steps, self._skipped_steps = self._engines[0].get_counts()
             for engine in self._engines:
                 if self.state_changed:
                     engine.adopt_state()
@@ -105,14 +146,17 @@ class EngineSet:
                 device_records,
                 self.optimizer.state,
                 hyperparameters,
+                self.optimizer._options,
                 self._schedule_step,
                 [self._update_step(record.param) for record in device_records],
             )
             for device, device_records in records.items()
         ]
+        for engine in engines:
+            engine.set_counts(self._applied_steps, self._skipped_steps)
+        # Captured steps hold the memory of their engines, which outlives these.
         for engine in self._engines:
             engine.retire()
-        self._retired += [engine for engine in self._engines if engine.captured]
         self._engines = engines
         self._param_lists = [group.stored("params") for group in groups]
         self._param_counts = [len(params) for params in self._param_lists]
@@ -125,7 +169,7 @@ class EngineSet:
         return self._update_steps.get(param, int(state.get("step", 0)))
 
 
-def records_by_device(optimizer: FusedAdam) -> dict[torch.device, list[TensorRecord]]:
+def records_by_device(optimizer: FusedOptimizer) -> dict[torch.device, list[TensorRecord]]:
     """The parameters of all groups, by device; an optimizer of empty groups counts as one on the CPU."""
     records: dict[torch.device, list[TensorRecord]] = {}
     for index, group in enumerate(optimizer.param_groups):

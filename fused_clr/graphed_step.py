@@ -1,0 +1,229 @@
+"""A training step captured once and replayed: forward, backward and update with no host code between."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .base import FusedOptimizer
+from .captured import CapturedStep
+
+
+class Graph(NamedTuple):
+    """A captured step for inputs of one kind: where they go, what comes out, and the gradients that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: Any
+    captured: list[tuple[FusedOptimizer, CapturedStep]]
+    grads: list[tuple[Tensor, Tensor | None]]
+    awaits_scheduler: list[bool]
+
+
+class GraphedStep:
+    """Wraps a training step; where there is CUDA, it is captured in a graph and replayed.
+
+    Every call is one training step, on any device: gradients are cleared (to None), then ``step`` runs, or a replay
+    of it. The first ``warmup`` calls with inputs of a new kind run eagerly, on a side stream; the next one is captured.
+    Inputs of another shape, dtype or structure, or other arguments that are no tensors, get a graph of their own. After
+    ``add_param_group`` and whatever else makes graphs useless, calls warm up and capture again. On a machine without
+    CUDA every call runs eagerly.
+
+    Args:
+        step: Does forward, backward and ``optimizer.step()`` for the batch it is given, and may return tensors. It is
+            called with the arguments of a call, tensors among them moved to the optimizer's device. All of it must be
+            fit for capture: no ``.item()``, no control flow on values of tensors. ``torch.autocast`` and
+            `torch.amp.GradScaler` are.
+        optimizer: The `FusedAdam` that ``step`` steps, or a list where it steps several.
+        warmup: Eager calls before a capture, >= 1; 11 for DistributedDataParallel, as torch's documentation has it.
+        check: When `FusedAdam.check_replay` runs: "first", before a graph's first replay; "always"; "never".
+        max_graphs: Graphs kept, >= 1; the one used longest ago goes first.
+        capture_error_mode: As for `torch.cuda.graph`.
+
+    Raises:
+        ValueError: An argument is not allowed; the message names it, its value and what is.
+        TypeError: ``optimizer`` holds something else than `FusedAdam`.
+
+    Example:
+        >>> import fused_clr
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> optimizer = fused_clr.FusedAdam([weight], lr=0.1)
+        >>> def step(batch):
+        ...     loss = (weight * batch).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     return loss.detach()
+        >>> graphed = GraphedStep(step, optimizer)
+        >>> float(graphed(torch.ones(3)))
+        1.0
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        optimizer: FusedOptimizer | Sequence[FusedOptimizer],
+        *,
+        warmup: int = 3,
+        check: Literal["first", "always", "never"] = "first",
+        max_graphs: int = 8,
+        capture_error_mode: Literal["global", "thread_local", "relaxed"] = "global",
+    ) -> None:
+        self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        for entry in self._optimizers:
+            if not isinstance(entry, FusedOptimizer):
+                raise TypeError(f"optimizer must be a FusedAdam or a list of them, got {type(entry).__name__}")
+        for name, value in (("warmup", warmup), ("max_graphs", max_graphs)):
+            if value not in range(1, 1 << 31):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        _check_choice("check", check, ("first", "always", "never"))
+        _check_choice("capture_error_mode", capture_error_mode, ("global", "thread_local", "relaxed"))
+        self._step = step
+        self._warmup = warmup
+        self._check = check
+        self._max_graphs = max_graphs
+        self._capture_error_mode = capture_error_mode
+        self._graphs: OrderedDict[Any, Graph] = OrderedDict()
+        self._warmed: dict[Any, int] = {}
+        self._latest: Graph | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured and kept; 0 without CUDA."""
+        return len(self._graphs)
+
+    def __call__(self, *args: Any) -> Any:
+        """Takes one training step.
+
+        Args:
+            args: A batch, as ``step`` takes it: tensors on any device, in any nesting of tuples, lists and dicts, and
+                hashable values.
+
+        Returns:
+            What ``step`` returned. From a replay, tensors that the next replay overwrites: clone what is to be kept.
+
+        Raises:
+            RuntimeError: The step cannot be captured, or `FusedAdam.check_replay` found that a replay would be wrong.
+        """
+        device = self._device()
+        leaves, structure = pytree.tree_flatten(args)
+        key = structure, tuple(_kind(leaf) for leaf in leaves)
+        if device.type != "cuda":
+            return self._run(structure, leaves, device)
+
+        graph = self._graphs.get(key)
+        if graph is not None and not all(captured.fits for _, captured in graph.captured):
+            self.release()
+            graph = None
+        is_new = graph is None
+        if graph is None:
+            warmed = self._warmed.get(key, 0)
+            if warmed < self._warmup:
+                self._warmed[key] = warmed + 1
+                return self._run_on_side_stream(structure, leaves, device)
+            graph = self._capture(key, structure, leaves, device)
+        self._graphs.move_to_end(key)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for static, tensor in zip(graph.inputs, tensors, strict=True):
+            static.copy_(tensor, non_blocking=True)
+        if graph is not self._latest:
+            # What users see as gradients are those that this graph writes.
+            for param, grad in graph.grads:
+                param.grad = grad
+            self._latest = graph
+        if self._check == "always" or (self._check == "first" and is_new):
+            for optimizer, captured in graph.captured:
+                optimizer.check_replay(captured)
+        graph.graph.replay()
+        for optimizer, awaits_scheduler in zip(self._optimizers, graph.awaits_scheduler, strict=True):
+            optimizer._awaits_scheduler = awaits_scheduler
+        return graph.output
+
+    def release(self) -> None:
+        """Lets go of all graphs and their memory, before a process group is destroyed, say; later calls start anew."""
+        while self._graphs:
+            self._release_oldest()
+        self._warmed.clear()
+        self._latest = None
+
+    def _device(self) -> torch.device:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for param in group.stored("params"):
+                    device: torch.device = param.device
+                    return device
+        return torch.device("cpu")
+
+    def _run(self, structure: Any, leaves: list[Any], device: torch.device) -> Any:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        moved = [leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return self._step(*pytree.tree_unflatten(moved, structure))
+
+    def _run_on_side_stream(self, structure: Any, leaves: list[Any], device: torch.device) -> Any:
+        # A capture refuses what torch's libraries and autograd set up on first use on the default stream.
+        current = torch.cuda.current_stream(device)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            output = self._run(structure, leaves, device)
+        current.wait_stream(self._stream)
+        return output
+
+    def _capture(self, key: Any, structure: Any, leaves: list[Any], device: torch.device) -> Graph:
+        inputs = [torch.empty_like(leaf, device=device) for leaf in leaves if isinstance(leaf, Tensor)]
+        static = iter(inputs)
+        static_leaves = [next(static) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        before = [len(optimizer.captured_steps) for optimizer in self._optimizers]
+        graph = torch.cuda.CUDAGraph()
+        # Gradients of the graph's own, which its backward writes instead of adding to.
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        captured: list[tuple[FusedOptimizer, CapturedStep]] = []
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=self._capture_error_mode):
+                output = self._step(*pytree.tree_unflatten(static_leaves, structure))
+        finally:
+            for optimizer, count in zip(self._optimizers, before, strict=True):
+                captured += [(optimizer, step) for step in optimizer.captured_steps[count:]]
+            if sys.exc_info()[0] is not None:
+                for _, step in captured:
+                    step.release()
+        if not captured:
+            raise RuntimeError("the step called no optimizer.step() of the given optimizer while it was captured")
+        params = [
+            p for optimizer in self._optimizers for group in optimizer.param_groups for p in group.stored("params")
+        ]
+        self._graphs[key] = Graph(
+            graph,
+            inputs,
+            output,
+            captured,
+            [(param, param.grad) for param in params],
+            [optimizer._awaits_scheduler for optimizer in self._optimizers],
+        )
+        while len(self._graphs) > self._max_graphs:
+            self._release_oldest()
+        return self._graphs[key]
+
+    def _release_oldest(self) -> None:
+        _, oldest = self._graphs.popitem(last=False)
+        oldest.graph.reset()
+        for _, captured in oldest.captured:
+            captured.release()
+
+
+def _kind(leaf: Any) -> Any:
+    """What a graph is captured for: a tensor's shape and dtype, or the value of anything else."""
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -114,7 +114,7 @@ class GraphedStep:
         device = self._device()
         leaves, structure = pytree.tree_flatten(args)
         key = structure, tuple(_kind(leaf) for leaf in leaves)
-        if device.type != "cuda":
+        if not self._has_cuda(device):
             return self._run(structure, leaves, device)
 
         graph = self._graphs.get(key)
@@ -159,6 +159,9 @@ class GraphedStep:
                     device: torch.device = param.device
                     return device
         return torch.device("cpu")
+
+    def _has_cuda(self, device: torch.device) -> bool:
+        return device.type == "cuda"
 
     def _run(self, structure: Any, leaves: list[Any], device: torch.device) -> Any:
         for optimizer in self._optimizers:

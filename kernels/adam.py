@@ -276,6 +276,7 @@ def adam_kernel(
     norm_ptr,
     live_ptr,
     history_ptr,
+    settings_ptr,
     hyper_table_ptr,
     tensor_table_ptr,
     chunk_table_ptr,
@@ -312,6 +313,7 @@ def adam_kernel(
         norm_ptr: float64 pointer to [NORM_WORDS]. Without clipping: coefficient 1, no overflow.
         live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
         history_ptr: float64 pointer to [history_rows, num_groups, HISTORY_COLUMNS].
+        settings_ptr: int64 pointer to [SETTINGS_WORDS].
         hyper_table_ptr: float64 pointer to [num_groups, HYPER_COLUMNS].
         tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
         chunk_table_ptr: int64 pointer to [num_chunks]. Chunks of this launch's dtype combination.
@@ -370,6 +372,7 @@ def adam_kernel(
                     program_id * LANES,
                     step + 1,
                     1 - slot,
+                    settings_ptr,
                     hyper_table_ptr,
                     tensor_table_ptr,
                     clock_ptr,

@@ -55,6 +55,7 @@ def evaluate(
     first_lane,
     step,
     slot,
+    settings_ptr,
     hyper_table_ptr,
     tensor_table_ptr,
     clock_ptr,
@@ -79,6 +80,7 @@ def evaluate(
         first_lane: int32 scalar. Lanes ``0 .. num_groups - 1`` are groups, the next ``num_tensors`` are tensors.
         step: int64 scalar. The schedule step to evaluate.
         slot: int64 scalar. The half of the scalars to write.
+        settings_ptr: int64 pointer to [SETTINGS_WORDS].
         hyper_table_ptr: float64 pointer to [num_groups, HYPER_COLUMNS].
         tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
         clock_ptr: int64 pointer to [CLOCK_WORDS].
@@ -107,10 +109,10 @@ def evaluate(
         group_id,
         is_group | is_tensor,
         hyper_table_ptr,
-        tl.load(clock_ptr + SCALE_TABLE).to(tl.pointer_type(tl.float64)),
+        tl.load(settings_ptr + SCALE_TABLE).to(tl.pointer_type(tl.float64)),
         clock_ptr + OVERRUN,
-        tl.load(clock_ptr + KINDS),
-        tl.load(clock_ptr + MAX_UNIT_SHIFT),
+        tl.load(settings_ptr + KINDS),
+        tl.load(settings_ptr + MAX_UNIT_SHIFT),
         SCALE_FNS,
     )
     live_lane_ptr = live_ptr + lane
@@ -206,6 +208,7 @@ def record_history(
 @triton.jit(do_not_specialize=["num_groups", "num_tensors"])
 def prime_kernel(
     clock_ptr,
+    settings_ptr,
     hyper_table_ptr,
     tensor_table_ptr,
     scalars_ptr,
@@ -226,6 +229,7 @@ def prime_kernel(
         tl.program_id(0) * LANES,
         tl.load(clock_ptr + SCHEDULE_STEP),
         tl.load(clock_ptr + SLOT),
+        settings_ptr,
         hyper_table_ptr,
         tensor_table_ptr,
         clock_ptr,

@@ -12,13 +12,16 @@ OVERRUN = tl.constexpr(4)
 STALE = tl.constexpr(5)
 APPLIED_STEPS = tl.constexpr(6)
 SKIPPED_STEPS = tl.constexpr(7)
-# What the host sets with the hyper table: the kinds of schedule in use, the largest UNIT_SHIFT, the address of the
-# tabulated scale functions. In memory and not arguments, so that captured launches follow a new schedule.
-KINDS = tl.constexpr(8)
-MAX_UNIT_SHIFT = tl.constexpr(9)
-SCALE_TABLE = tl.constexpr(10)
-NORM_DONE = tl.constexpr(11)
+NORM_DONE = tl.constexpr(8)
 CLOCK_WORDS = tl.constexpr(16)
+
+# Words of the settings, int64[SETTINGS_WORDS], which the host writes with the hyper table: the kinds of schedule in
+# use, the largest UNIT_SHIFT, the address of the tabulated scale functions. In memory and not arguments, so that
+# captured launches follow a new schedule.
+KINDS = tl.constexpr(0)
+MAX_UNIT_SHIFT = tl.constexpr(1)
+SCALE_TABLE = tl.constexpr(2)
+SETTINGS_WORDS = tl.constexpr(3)
 
 # Words of the norm, float64[NORM_WORDS]. MAX_NORM is the host's.
 GRAD_NORM = tl.constexpr(0)

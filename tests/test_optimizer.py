@@ -348,12 +348,13 @@ else:
 
 
 def test_public_names() -> None:
-    assert sorted(fused_clr.__all__) == ["CyclicLR", "FusedAdam", "FusedAdamW", "schedules", "testing"]
+    classes = ["CapturedStep", "CyclicLR", "FusedAdam", "FusedAdamW", "GraphedStep", "History", "Monitor", "Status"]
+    assert sorted(fused_clr.__all__) == [*classes, "schedules", "testing"]
     assert issubclass(FusedAdam, torch.optim.Optimizer)
     assert issubclass(CyclicLR, torch.optim.lr_scheduler.LRScheduler)
 
 
-@pytest.mark.parametrize("module", ["schedules", "optim", "scheduler"])
+@pytest.mark.parametrize("module", ["schedules", "optim", "scheduler", "telemetry", "graphed_step"])
 def test_docstring_examples(module: str) -> None:
     import doctest
     import importlib

@@ -9,7 +9,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from fused_clr import CyclicLR, FusedAdam, FusedAdamW
-from fused_clr.backends.device_plan import LaunchConfig
+from fused_clr.backends.step_launches import LaunchConfig
 from fused_clr.backends.triton import TritonEngine
 
 from .tolerances import AFTER_STEPS, SCHEDULED

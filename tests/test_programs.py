@@ -126,11 +126,13 @@ def clock_of(optimizer: FusedAdam) -> dict[str, int]:
     return {name: words[getattr(layout, name).value] for name in names}
 
 
-def device_memory(optimizer: FusedAdam) -> Iterator[Tensor]:
-    """Everything a launch may write."""
+def device_memory(optimizer: FusedAdam, telemetry: bool = True) -> Iterator[Tensor]:
+    """Everything a launch may write; without telemetry, what training depends on."""
     memory = engine_of(optimizer).memory
-    yield from (memory.words, memory.history, memory.scalars, memory.scalars_float64)
-    yield from (memory.update_steps, memory.step_mirror)
+    yield from (memory.live, memory.scalars, memory.scalars_float64, memory.update_steps, memory.step_mirror)
+    yield memory.clock[: layout.APPLIED_STEPS.value]
+    if telemetry:
+        yield from (memory.words, memory.history)
     for param in params_of(optimizer):
         yield param.detach()
         yield from (value for value in optimizer.state.get(param, {}).values())
@@ -211,19 +213,18 @@ def test_a_skip_changes_no_bit(found_inf: float, warm: bool) -> None:
             each.step()
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(found_inf)
     set_gradients(optimizer, 7)
-    optimizer._engines.ready()
-    engine.prepare()
-    before = copies(device_memory(optimizer))
+    engine_of(optimizer).prepare()
+    before = copies(device_memory(optimizer, telemetry=False))
     for _ in range(2):
         optimizer.step()
-    assert same_bits(before, list(device_memory(optimizer)))
+    assert same_bits(before, list(device_memory(optimizer, telemetry=False)))
     assert clock_of(optimizer)["SCHEDULE_STEP"] == 2 * warm
     # And training goes on as if nothing had been.
     optimizer.found_inf = torch.tensor(0.0)
     for each in (optimizer, twin):
         set_gradients(each, 8)
         each.step()
-    assert same_bits(list(device_memory(optimizer)), list(device_memory(twin)))
+    assert same_bits(list(device_memory(optimizer, telemetry=False)), list(device_memory(twin, telemetry=False)))
 
 
 def test_gradients_are_divided_by_the_loss_scale() -> None:
@@ -238,7 +239,7 @@ def test_gradients_are_divided_by_the_loss_scale() -> None:
             param.grad *= 1024
         scaled.step()
         twin.step()
-    assert same_bits(list(device_memory(scaled)), list(device_memory(twin)))
+    assert same_bits(list(device_memory(scaled, telemetry=False)), list(device_memory(twin, telemetry=False)))
 
 
 def test_a_step_that_stops_between_its_launches_leaves_no_partial_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,13 +283,12 @@ def test_no_access_outside_the_tensors(allow_access: Callable[[Sequence[Tensor]]
     optimizer = make_optimizer(amsgrad=True)
     set_gradients(optimizer, 0)
     engine = engine_of(optimizer)
-    optimizer._engines.ready()
     engine.prepare()
     ((plan, _),) = engine._plans.values()
     assert engine._scale_table is not None
     memory = engine.memory
     grads = [param.grad for param in params_of(optimizer) if param.grad is not None]
-    read = [memory.hyper_table, engine._scale_table, memory.no_grad_scale, memory.no_found_inf]
+    read = [memory.settings, memory.hyper_table, engine._scale_table, memory.no_grad_scale, memory.no_found_inf]
     read += [plan.tensor_table, plan.chunk_table, *grads]
     allow_access([*read, *device_memory(optimizer)])
     optimizer.step()

@@ -11,6 +11,9 @@ from .machine_code import WIDE_BYTES, Reading, read_amdgcn, read_cubin
 from .retire import retire_problems
 from .variants import DTYPES, TARGETS, Kernels, Variant
 
+# An updater rounds its clip coefficient to float32, once per chunk.
+COEFFICIENT_CONVERSIONS = 1
+
 
 class Result(NamedTuple):
     """A variant's reading and what is wrong with it.
@@ -31,10 +34,15 @@ class Result(NamedTuple):
 
 
 def bytes_per_element(variant: Variant) -> tuple[int, int]:
-    """Bytes that an update has to load and store per element: each tensor once."""
+    """Bytes that a kernel has to load and store per element: each tensor once.
+
+    Of a norm over all dtypes: of an element of each.
+    """
+    if variant.kernel == "norm_kernel":
+        return sum(dtype.itemsize for dtype in DTYPES.values()) if variant.all_dtypes else 4, 0
     param, grad = (DTYPES[name].itemsize for name in (variant.param_dtype, variant.grad_dtype))
     moments = 3 if variant.amsgrad else 2
-    return param + grad + moments * param, param + moments * param
+    return param + grad + moments * param, param + moments * param + grad * variant.store_grads
 
 
 def read(kernels: Kernels, variant: Variant, compiled: Any) -> Reading:
@@ -53,7 +61,7 @@ def audit(kernels: Kernels, variant: Variant) -> Result:
         return Result(variant, None, 0, 0, [f"does not compile: {type(error).__name__}: {str(error).strip()[-500:]}"])
     reading = read(kernels, variant, compiled)
     problems = [f"spills: {reading.spills}"] if reading.spills else []
-    if variant.kernel != "adam_kernel":
+    if variant.kernel == "prime_kernel":
         return Result(variant, reading, 0, 0, problems)
 
     bytes_per_access = WIDE_BYTES * DEFAULT_CONFIG.num_warps * 32 / variant.block_size
@@ -68,7 +76,7 @@ def audit(kernels: Kernels, variant: Variant) -> Result:
             problems += retire_problems(compiled.asm[dialect], dialect)
         except UnreadableError as error:
             problems.append(f"the retire protocol cannot be read: {error}")
-    elif reading.float64 and variant.param_dtype != "float64":
+    elif reading.float64 > COEFFICIENT_CONVERSIONS and variant.param_dtype != "float64":
         # Updaters alone: what there is of float64 is done per element.
         problems.append(f"{reading.float64} float64 instructions in an updater of {variant.param_dtype}")
     return Result(variant, reading, loaded, stored, problems)

@@ -90,6 +90,8 @@ class Variant(NamedTuple):
     @property
     def block_size(self) -> int:
         """Elements of a chunk."""
+        if self.kernel == "norm_kernel":
+            return DEFAULT_CONFIG.block_size
         return block_size_of(getattr(torch, self.param_dtype), DEFAULT_CONFIG.block_size)
 
     @property

@@ -85,6 +85,7 @@ class DeviceEngine(Engine[DevicePlan]):
             options.store_grads,
             (),
         )
+        self._new_generation()
         self.set_hyperparameters(hyperparameters)
         memory.live[: layout.NEXT_LR.value].copy_(memory.live[layout.NEXT_LR.value :])
 
@@ -118,7 +119,7 @@ class DeviceEngine(Engine[DevicePlan]):
         upload(table.rows, self.device, out=self.memory.hyper_table)
         self._scale_table = upload(table.scale_table, self.device)
         settings = np.array([table.kinds, table.max_unit_shift, self._scale_table.data_ptr()], np.int64)
-        upload(settings, self.device, out=self.memory.clock[layout.KINDS.value : layout.SCALE_TABLE.value + 1])
+        upload(settings, self.device, out=self.memory.settings)
         self._tensor_lrs = [(i, h.lr) for i, h in enumerate(hyperparameters) if isinstance(h.lr, Tensor)]
         self._prime()
 
@@ -142,6 +143,7 @@ class DeviceEngine(Engine[DevicePlan]):
             memory.hyper_table[index, BASE_LR.value].copy_(lr.detach().reshape(()), non_blocking=True)
         arguments = (
             memory.clock,
+            memory.settings,
             memory.hyper_table,
             self._idle_table,
             memory.scalars,

@@ -20,6 +20,7 @@ class DeviceMemory:
         norm: float64[NORM_WORDS].
         live: float64[LIVE_ROWS, num_groups].
         history: float64[history_size, num_groups, HISTORY_COLUMNS].
+        settings: int64[SETTINGS_WORDS].
         hyper_table: float64[num_groups, HYPER_COLUMNS].
         scalars: float32[2, num_tensors, SCALAR_COLUMNS].
         scalars_float64: float64, likewise.
@@ -51,6 +52,7 @@ class DeviceMemory:
         self.norm[layout.GRAD_NORM.value] = math.nan
         self.norm[layout.CLIP_COEFFICIENT.value] = 1.0
         self.history = zeros(torch.float64, max(history_size, 1), num_groups, layout.HISTORY_COLUMNS.value)
+        self.settings = zeros(torch.int64, layout.SETTINGS_WORDS.value)
         self.hyper_table = zeros(torch.float64, num_groups, HYPER_COLUMNS.value)
         self.scalars = zeros(torch.float32, 2, max(num_tensors, 1), layout.SCALAR_COLUMNS.value)
         self.scalars_float64 = self.scalars.double()

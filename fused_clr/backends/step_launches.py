@@ -129,6 +129,7 @@ def compile_step(
             memory.norm,
             memory.live,
             memory.history,
+            memory.settings,
             memory.hyper_table,
             tensor_table,
             chunk_table[chunk_range.first :],

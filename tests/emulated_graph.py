@@ -1,0 +1,107 @@
+"""CUDA graphs on the CPU: what was captured, operators and kernel launches, runs again at every replay.
+
+Each operator is run again on the tensors it had, and what it returns is written into the memory that it returned then: so
+a replay reads and writes the captured addresses, as the real thing does, and runs no other host code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from fused_clr import graphed_step
+from fused_clr.backends import launch as launcher
+from fused_clr.backends.triton import TritonEngine
+
+
+class EmulatedGraph:
+    """Stands in for `torch.cuda.CUDAGraph`."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for run in self.work:
+            run()
+
+    def reset(self) -> None:
+        self.work.clear()
+
+
+class _Capture(TorchDispatchMode):
+    def __init__(self, graph: EmulatedGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        arguments = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+
+        def run() -> None:
+            fresh = [leaf for leaf in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            for old, new in zip(outputs, fresh, strict=True):
+                # Views and in-place operators have written where they belong.
+                if id(old) not in arguments and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+        self.graph.work.append(run)
+        return result
+
+
+@contextmanager
+def capture(graph: EmulatedGraph, **_: Any) -> Iterator[None]:
+    """Stands in for `torch.cuda.graph`; but the body also runs, once, on memory that is put back afterwards by no one."""
+
+    def record(launch: launcher.Launch) -> None:
+        graph.work.append(lambda: launcher.run(launch, None))
+
+    launcher.recorders.append(record)
+    try:
+        with _Capture(graph):
+            yield
+    finally:
+        launcher.recorders.remove(record)
+
+
+class _NoStream:
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `GraphedStep` capture emulated graphs, on the triton backend in the interpreter.
+
+    Unlike a real capture, the emulated one also runs what it captures. The optimizer's launches are kept from running
+    then, and the first replay is the first step, as it is on a GPU.
+    """
+    monkeypatch.setenv("FUSED_CLR_BACKEND", "triton")
+    prepare_capture, run = TritonEngine._prepare_capture, launcher.run
+
+    def hidden_from_the_capture(engine: TritonEngine, grads: Any) -> Any:
+        # A real capture does not see what the engine does on another stream.
+        with _disable_current_modes():
+            return prepare_capture(engine, grads)
+
+    def run_unless_captured(launch: launcher.Launch, compiled: Any, recorded: bool = True) -> None:
+        if recorded and launcher.recorders:
+            for record in launcher.recorders:
+                record(launch)
+        else:
+            run(launch, compiled, recorded)
+
+    monkeypatch.setattr(TritonEngine, "_prepare_capture", hidden_from_the_capture)
+    monkeypatch.setattr(launcher, "run", run_unless_captured)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(graphed_step.GraphedStep, "_has_cuda", lambda self, device: True)
+    monkeypatch.setattr(graphed_step.GraphedStep, "_run_on_side_stream", graphed_step.GraphedStep._run)

@@ -102,27 +102,27 @@ def norm_kernel(
     if tl.load(clock_ptr + GENERATION) == generation:
         grad_scale = tl.load(grad_scale_ptr)
         sums = tl.zeros([BLOCK_SIZE], tl.float32)
-        sums_float64 = tl.zeros([BLOCK_SIZE if DTYPES & FLOAT64 else 1], tl.float64)
+        sums_float64 = tl.zeros([BLOCK_SIZE if FLOAT64 & DTYPES else 1], tl.float64)
         for chunk in range(program_id, num_chunks, num_programs):
             word = tl.load(chunk_table_ptr + chunk)
             offset = (word & CHUNK_MASK) * BLOCK_SIZE
             tensor_row_ptr = tensor_table_ptr + (word >> CHUNK_BITS) * TENSOR_COLUMNS
             n_elements = tl.load(tensor_row_ptr + NUMEL)
             dtype = tl.load(tensor_row_ptr + GRAD_DTYPE)
-            if DTYPES & FLOAT32:
+            if FLOAT32 & DTYPES:
                 if dtype == FLOAT32:
                     sums += squares(tensor_row_ptr, offset, n_elements, grad_scale, tl.float32, BLOCK_SIZE)
-            if DTYPES & BFLOAT16:
+            if BFLOAT16 & DTYPES:
                 if dtype == BFLOAT16:
                     sums += squares(tensor_row_ptr, offset, n_elements, grad_scale, tl.bfloat16, BLOCK_SIZE)
-            if DTYPES & FLOAT16:
+            if FLOAT16 & DTYPES:
                 if dtype == FLOAT16:
                     sums += squares(tensor_row_ptr, offset, n_elements, grad_scale, tl.float16, BLOCK_SIZE)
-            if DTYPES & FLOAT64:
+            if FLOAT64 & DTYPES:
                 if dtype == FLOAT64:
                     sums_float64 += squares(tensor_row_ptr, offset, n_elements, grad_scale, tl.float64, BLOCK_SIZE)
         partial_sum = tl.sum(sums.to(tl.float64))
-        if DTYPES & FLOAT64:
+        if FLOAT64 & DTYPES:
             partial_sum += tl.sum(sums_float64)
         # A scalar store, by the thread that does the atomic: AMD's barrier orders no global memory.
         tl.store(partial_sums_ptr + program_id, partial_sum)

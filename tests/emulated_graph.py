@@ -1,7 +1,7 @@
 """CUDA graphs on the CPU: what was captured, operators and kernel launches, runs again at every replay.
 
-Each operator is run again on the tensors it had, and what it returns is written into the memory that it returned then: so
-a replay reads and writes the captured addresses, as the real thing does, and runs no other host code.
+Each operator is run again on the tensors it had, and what it returns is written into the memory that it returned then:
+so a replay reads and writes the captured addresses, as the real thing does, and runs no other host code.
 """
 
 from __future__ import annotations
@@ -39,18 +39,27 @@ class _Capture(TorchDispatchMode):
     def __init__(self, graph: EmulatedGraph) -> None:
         super().__init__()
         self.graph = graph
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def undo(self) -> None:
+        """A capture runs nothing: puts back what the operators wrote in place."""
+        for tensor, before in self._written.values():
+            tensor.copy_(before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        arguments = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for leaf in pytree.tree_leaves(value):
+                    self._written.setdefault(leaf.data_ptr(), (leaf.detach(), leaf.detach().clone()))
+        result = func(*args, **(kwargs or {}))
+        args, kwargs, outputs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, result))
 
+        @torch.no_grad()
         def run() -> None:
-            fresh = [leaf for leaf in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
-            for old, new in zip(outputs, fresh, strict=True):
+            fresh = pytree.tree_leaves(func(*args, **kwargs))
+            for old, new in zip(pytree.tree_leaves(outputs), fresh, strict=True):
                 # Views and in-place operators have written where they belong.
-                if id(old) not in arguments and old.data_ptr() != new.data_ptr():
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
         self.graph.work.append(run)
@@ -59,17 +68,19 @@ class _Capture(TorchDispatchMode):
 
 @contextmanager
 def capture(graph: EmulatedGraph, **_: Any) -> Iterator[None]:
-    """Stands in for `torch.cuda.graph`; but the body also runs, once, on memory that is put back afterwards by no one."""
+    """Stands in for `torch.cuda.graph`."""
 
     def record(launch: launcher.Launch) -> None:
         graph.work.append(lambda: launcher.run(launch, None))
 
     launcher.recorders.append(record)
+    mode = _Capture(graph)
     try:
-        with _Capture(graph):
+        with mode:
             yield
     finally:
         launcher.recorders.remove(record)
+        mode.undo()
 
 
 class _NoStream:

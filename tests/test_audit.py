@@ -21,16 +21,18 @@ def audit(match: str, kernels: Path = ROOT / "kernels") -> subprocess.CompletedP
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def changed_kernels(folder: Path, old: str, new: str) -> Path:
+def changed_kernels(folder: Path, old: str, new: str, file: str = "adam.py") -> Path:
     """A copy of the kernels with one change."""
     shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    source = (folder / "kernels" / "adam.py").read_text()
+    source = (folder / "kernels" / file).read_text()
     assert source.count(old) == 1
-    (folder / "kernels" / "adam.py").write_text(source.replace(old, new))
+    (folder / "kernels" / file).write_text(source.replace(old, new))
     return folder / "kernels"
 
 
-@pytest.mark.parametrize("match", [ONE, r"^gfx942 adam float32 last$", r"^sm_90 adam bfloat16 not-last$"])
+@pytest.mark.parametrize(
+    "match", [ONE, r"^gfx942 adam float32 last$", r"^sm_90 norm float32$", r"^sm_90 adam bfloat16 not-last$"]
+)
 def test_the_kernels_pass(match: str) -> None:
     done = audit(match)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,6 +60,18 @@ def test_a_clock_read_after_the_retire_is_found(tmp_path: Path) -> None:
     done = audit(ONE, kernels)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "load" in done.stdout.splitlines()[1]
+
+
+def test_a_norm_without_its_wide_loads_is_found(tmp_path: Path) -> None:
+    kernels = changed_kernels(
+        tmp_path,
+        "tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)",
+        "address.to(tl.pointer_type(DTYPE))",
+        "norm.py",
+    )
+    done = audit("^sm_90 norm float32$", kernels)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "128-bit accesses" in done.stdout
 
 
 def test_a_mask_on_full_chunks_is_found(tmp_path: Path) -> None:

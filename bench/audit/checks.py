@@ -67,17 +67,20 @@ def audit(kernels: Kernels, variant: Variant) -> Result:
     bytes_per_access = WIDE_BYTES * DEFAULT_CONFIG.num_warps * 32 / variant.block_size
     loaded, stored = reading.wide_loads * bytes_per_access, reading.wide_stores * bytes_per_access
     expected = bytes_per_element(variant)
-    for verb, found, wanted in (("load", loaded, expected[0]), ("store", stored, expected[1])):
-        if found != wanted:
-            problems.append(f"128-bit accesses {verb} {found:g} bytes per element, not {wanted}")
+    is_norm, is_cuda = variant.kernel == "norm_kernel", TARGETS[variant.target].backend == "cuda"
+    # AMD's accesses are found by their lines in adam.py.
+    if is_cuda or not is_norm:
+        for verb, found, wanted in (("load", loaded, expected[0]), ("store", stored, expected[1])):
+            if found != wanted:
+                problems.append(f"128-bit accesses {verb} {found:g} bytes per element, not {wanted}")
     # A norm over several dtypes branches by a table that nobody here can follow, and retires as the others do.
     if variant.is_last and not variant.all_dtypes:
-        dialect = "ptx" if TARGETS[variant.target].backend == "cuda" else "amdgcn"
         try:
+            dialect = "ptx" if is_cuda else "amdgcn"
             problems += retire_problems(compiled.asm[dialect], dialect)
         except UnreadableError as error:
             problems.append(f"the retire protocol cannot be read: {error}")
-    elif reading.float64 > COEFFICIENT_CONVERSIONS and variant.param_dtype != "float64":
+    elif not is_norm and reading.float64 > COEFFICIENT_CONVERSIONS and variant.param_dtype != "float64":
         # Updaters alone: what there is of float64 is done per element.
         problems.append(f"{reading.float64} float64 instructions in an updater of {variant.param_dtype}")
     return Result(variant, reading, loaded, stored, problems)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -111,18 +110,6 @@ def _all_cases() -> list[Case]:
 
 
 CASES = tuple(_all_cases())
-
-
-def find_cases(pattern: str) -> list[Case]:
-    """The cases whose name holds a match of the regular expression ``pattern``.
-
-    Raises:
-        ValueError: No case does.
-    """
-    found = [case for case in CASES if re.search(pattern, case.name)]
-    if not found:
-        raise ValueError(f"no case matches {pattern!r}; the parameter sets are {', '.join(PARAMETER_SETS)}")
-    return found
 
 
 def make_parameters(case: Case, device: torch.device) -> list[torch.nn.Parameter]:

@@ -6,6 +6,7 @@ The totals are asserted in ``tests/test_bench.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 Shape = tuple[int, ...]
 
@@ -20,7 +21,7 @@ def _norm(width: int) -> list[Shape]:
 
 def mlp(*widths: int) -> list[Shape]:
     """Weights and biases of linear layers between ``widths``."""
-    return [shape for fan_in, fan_out in zip(widths, widths[1:], strict=False) for shape in _linear(fan_in, fan_out)]
+    return [shape for fan_in, fan_out in pairwise(widths) for shape in _linear(fan_in, fan_out)]
 
 
 def resnet50() -> list[Shape]:

@@ -42,7 +42,7 @@ def plot_ratios(result: Result, path: Path) -> None:
     axes.set_xlabel(f"time a step / {REFERENCE.name} + CyclicLR (less is faster)")
     axes.set_title(str(result.stamp.get("gpu") or result.stamp.get("cpu", "")))
     axes.grid(axis="x", which="both", alpha=0.25)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -87,10 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{row.case:34} {row.mode:9} {row.peer:28} {ratio or row.status + ': ' + row.remark}", flush=True)
         # A run that is cut short leaves what it has measured.
         result.write(path)
+        path.with_suffix(".md").write_text(as_markdown(result))
     if not result.rows:
         print(f"no case matches {arguments.case!r} in {name}", file=sys.stderr)
         return 2
-    path.with_suffix(".md").write_text(as_markdown(result))
     if not arguments.no_plot and any(row.ratio_p50 is not None for row in result.rows):
         try:
             from bench.plots import plot_ratios

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,36 +21,28 @@ def _pair(request: Request, optimizer: torch.optim.Optimizer, lr_is_tensor: bool
 
 
 def _optimi(request: Request) -> Stepper:
-    import optimi
-
-    optimizer = optimi.Adam(request.groups, lr=1e-3, betas=BETAS, eps=1e-8, kahan_sum=False)
+    optimizer = import_module("optimi").Adam(request.groups, lr=1e-3, betas=BETAS, eps=1e-8, kahan_sum=False)
     return _pair(request, optimizer, cycle_momentum=False)
 
 
 def _apex(request: Request) -> Stepper:
-    from apex.optimizers import FusedAdam
-
-    optimizer = FusedAdam(request.groups, lr=1e-3, adam_w_mode=False, capturable=request.captured)
+    fused_adam = import_module("apex.optimizers").FusedAdam
+    optimizer = fused_adam(request.groups, lr=1e-3, adam_w_mode=False, capturable=request.captured)
     return _pair(request, optimizer, lr_is_tensor=request.captured)
 
 
 def _transformer_engine(request: Request) -> Stepper:
-    from transformer_engine.pytorch.optimizers import FusedAdam
-
-    optimizer = FusedAdam(request.groups, lr=1e-3, adam_w_mode=False, capturable=request.captured)
+    fused_adam = import_module("transformer_engine.pytorch.optimizers").FusedAdam
+    optimizer = fused_adam(request.groups, lr=1e-3, adam_w_mode=False, capturable=request.captured)
     return _pair(request, optimizer, lr_is_tensor=request.captured)
 
 
 def _bitsandbytes(request: Request) -> Stepper:
-    import bitsandbytes
-
-    return _pair(request, bitsandbytes.optim.Adam32bit(request.groups, lr=1e-3))
+    return _pair(request, import_module("bitsandbytes").optim.Adam32bit(request.groups, lr=1e-3))
 
 
 def _heavyball(request: Request) -> Stepper:
-    import heavyball
-
-    return _pair(request, heavyball.AdamW(request.groups, lr=1e-3, betas=BETAS, eps=1e-8))
+    return _pair(request, import_module("heavyball").AdamW(request.groups, lr=1e-3, betas=BETAS, eps=1e-8))
 
 
 EXTERNAL_PEERS = (
@@ -81,6 +74,6 @@ EXTERNAL_PEERS = (
         remark="eps is a lower bound of the root, not added to it; stochastic rounding for bf16; compiled",
         captured_remark=FROZEN,
         requires="heavyball",
-        max_tensors=200,
+        compiles=True,
     ),
 )

@@ -72,7 +72,7 @@ def _disassemble(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [TOOLS / "nvdisasm", "-c", "-gi", "-ndf", path]
+        command = [str(TOOLS / "nvdisasm"), "-c", "-gi", "-ndf", str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

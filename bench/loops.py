@@ -37,7 +37,8 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(attended.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.feed_forward(self.norm2(x))
+        out: Tensor = x + self.feed_forward(self.norm2(x))
+        return out
 
 
 class SmallGpt(nn.Module):
@@ -53,7 +54,8 @@ class SmallGpt(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64[batch, CONTEXT] to logits, float[batch, CONTEXT, VOCABULARY]."""
-        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions)))
+        logits: Tensor = self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions)))
+        return logits
 
 
 def small_mlp(device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:

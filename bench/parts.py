@@ -8,6 +8,7 @@ from dataclasses import dataclass
 SMALL = r"^(4x4|rl-policy|148x16|nnue|dlrm-mlps|1000x16|10000x16|4x4M) fp32$|^148x16 fp32 64-groups$"
 MODELS = r"^(resnet50|vit-b16|gpt2-124m|bert-large|llama-1b|1x1G) "
 CORE_PEERS = r"^(torch fused|torch foreach|fused-clr)$"
+COMPILED = r"^(torch\.compile|heavyball|fused-clr)$"
 NOT_COMPILED = r"^(?!torch\.compile|heavyball)"
 
 
@@ -34,8 +35,8 @@ PARTS: dict[str, tuple[Selection, ...]] = {
     "steps-small": (Selection("eager", SMALL, NOT_COMPILED),),
     # Those that compile take a minute a case.
     "steps-compiled": (
-        Selection("eager", r"^(4x4|rl-policy) fp32$", r"^(torch\.compile|heavyball|fused-clr)$"),
-        Selection("captured", r"^(4x4|rl-policy) fp32$", r"^(torch\.compile|heavyball|fused-clr)$"),
+        Selection("eager", r"^(4x4|rl-policy|dlrm-mlps|148x16) fp32$", COMPILED),
+        Selection("captured", r"^(4x4|dlrm-mlps|148x16) fp32$", COMPILED),
     ),
     "steps-options": (
         Selection("eager", r"^(148x16|1000x16|nnue) (bf16|mixed)$", CORE_PEERS),

@@ -11,7 +11,7 @@ import torch
 
 from bench.cases import Case, make_parameters
 from bench.interleave import Build, run_interleaved
-from bench.peers import REFERENCE, NotAvailableError, Peer, Request, Stepper
+from bench.peers import MOST_COMPILED, REFERENCE, NotAvailableError, Peer, Request, Stepper
 from bench.schema import Row, describe, figures
 from bench.timing import Clock, HostClock, ReplayClock
 
@@ -118,8 +118,8 @@ def _measure_batch(case: Case, peers: Sequence[Peer], settings: Settings) -> lis
 
     def builder(peer: Peer) -> Build:
         def build() -> Stepper:
-            if case.num_tensors > peer.max_tensors:
-                raise NotAvailableError(f"compiles for minutes beyond {peer.max_tensors} tensors")
+            if peer.compiles and case.num_tensors > MOST_COMPILED:
+                raise NotAvailableError(f"compiles for minutes beyond {MOST_COMPILED} tensors")
             # Parameters and gradients are shared; peers write their values, which decide no time.
             dealt = [{"params": params[index :: case.num_groups]} for index in range(case.num_groups)]
             return peer.build(Request(dealt, settings.device, case.clips, settings.mode == "captured"))

@@ -103,7 +103,7 @@ def describe(case: Case) -> dict[str, Any]:
     return {"case": case.name, "num_tensors": case.num_tensors, "numel": case.numel}
 
 
-def figures(seconds: ArrayLike, reference: ArrayLike | None) -> dict[str, float]:
+def figures(seconds: ArrayLike, reference: ArrayLike | None) -> dict[str, Any]:
     """The times and ratios of a row.
 
     Args:

@@ -112,7 +112,7 @@ class ReplayClock:
         step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return float(start.elapsed_time(end)) * 1e-3
 
 
 def warm_up_on_side_stream(stepper: Stepper, device: torch.device) -> None:
@@ -152,7 +152,7 @@ def copy_bandwidth(device: torch.device) -> float:
         target.copy_(source)
         end.record()
         end.synchronize()
-        seconds.append(start.elapsed_time(end) * 1e-3)
+        seconds.append(float(start.elapsed_time(end)) * 1e-3)
     del target
     return 2 * source.numel() * 4 / min(seconds[2:])
 

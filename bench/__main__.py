@@ -33,11 +33,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", default="", help="regular expression of peers; the reference is always there")
     parser.add_argument("--mode", choices=MODES, help="only this mode (default without --part: eager)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, help="rounds of each peer")
+    parser.add_argument("--rounds", type=_positive, help="rounds of each peer")
     parser.add_argument("--memory", type=float, help="GiB that a case may take (default: 4, or 90 %% of a GPU's)")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
     parser.add_argument("--no-plot", action="store_true", help="no plot, and no need of matplotlib")
     return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def choose_selections(arguments: argparse.Namespace) -> tuple[str, list[Selection]]:
@@ -62,6 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures and writes."""
     name, selections = choose_selections(arguments)
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, and torch sees no GPU")
     if any(selection.mode == "host" for selection in selections) and device.type == "cpu":
         choose_triton_backend()
 
@@ -105,11 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Runs the command line."""
     arguments = parse_arguments()
-    for pattern in (arguments.case, arguments.peer):
-        re.compile(pattern)
     try:
+        for pattern in (arguments.case, arguments.peer):
+            re.compile(pattern)
         return run(arguments)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
 

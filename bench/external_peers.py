@@ -17,7 +17,7 @@ FLOAT32_MOMENTS = "one step count per group; float32 moments for bf16 parameters
 def _pair(request: Request, optimizer: torch.optim.Optimizer, lr_is_tensor: bool = False, **cycle: Any) -> Stepper:
     scheduler = CyclicLR(optimizer, **CYCLE, **cycle)
     frozen = request.captured and not lr_is_tensor
-    return Stepper(with_clipping(request, optimizer.step), None if frozen else scheduler.step)
+    return Stepper(with_clipping(request, optimizer.step), None if frozen else scheduler.step, keeps=scheduler)
 
 
 def _optimi(request: Request) -> Stepper:

@@ -59,9 +59,9 @@ run 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 for part in "$@"; do
     selection=()
     case $part in
-        tests) gpu_tests 200 ;;
+        tests) gpu_tests 190 ;;
         sanitizer) sanitizer ;;
-        quick) run 200 "$PYTHON" -m bench --part quick --device cuda --out "$OUT" ;;
+        quick) run 190 "$PYTHON" -m bench --part quick --device cuda --out "$OUT" ;;
         steps-small | steps-options | steps-models | steps-compiled | captured | loops | host)
             run 570 "$PYTHON" -m bench --part "$part" --device cuda --out "$OUT"
             ;;

@@ -131,7 +131,8 @@ def _torch_pair(request: Request, *, lr_is_tensor: bool = False, **arguments: An
     scheduler = CyclicLR(optimizer, **CYCLE)
     # A float lr is a constant of the graph: to write it between replays would change nothing.
     frozen = request.captured and not lr_is_tensor
-    return Stepper(with_clipping(request, optimizer.step), None if frozen else scheduler.step)
+    # Torch's scheduler has wrapped optimizer.step, which fails once the scheduler is gone.
+    return Stepper(with_clipping(request, optimizer.step), None if frozen else scheduler.step, keeps=scheduler)
 
 
 def _torch_fused(request: Request) -> Stepper:
@@ -168,7 +169,7 @@ def fused_clr_pair(request: Request) -> Stepper:
         arguments["max_grad_norm"] = MAX_GRAD_NORM
     optimizer = fused_clr.FusedAdam(request.groups, lr=1e-3, **arguments)
     scheduler = fused_clr.CyclicLR(optimizer, **CYCLE)
-    return Stepper(optimizer.step, None if request.captured else scheduler.step)
+    return Stepper(optimizer.step, None if request.captured else scheduler.step, keeps=scheduler)
 
 
 REFERENCE = Peer("torch fused", _torch_fused, captured_remark=FROZEN)

@@ -94,14 +94,20 @@ def floor_of(case: Case, cost_of: Callable[[torch.dtype], Cost], bandwidth: floa
     return Floor(case, moved, operations, instructions, us, issue_us)
 
 
-def measured_rows(paths: Iterable[Path]) -> list[Row]:
-    """Our captured rows of result files: device time, one per case; the last file wins."""
+def measured_rows(results: Iterable[Result]) -> list[Row]:
+    """Our captured rows: device time, one per case; the last result wins."""
     rows: dict[str, Row] = {}
-    for path in paths:
-        for row in Result.read(path).rows:
+    for result in results:
+        for row in result.rows:
             if row.mode == "captured" and row.peer == OURS.name and row.status == "measured":
                 rows[row.case] = row
     return list(rows.values())
+
+
+def copy_bandwidth_of(results: Iterable[Result]) -> float:
+    """The copy bandwidth that the results were measured beside, the largest; BANDWIDTH if none says."""
+    stated = [float(result.stamp["copy_tb_per_s"]) * 1e12 for result in results if "copy_tb_per_s" in result.stamp]
+    return max(stated, default=BANDWIDTH)
 
 
 def as_markdown(floors: Iterable[Floor], rows: Iterable[Row], bandwidth: float, instruction_rate: float) -> str:
@@ -133,7 +139,7 @@ def as_markdown(floors: Iterable[Floor], rows: Iterable[Row], bandwidth: float, 
 def main() -> int:
     """Writes ``roofline.md`` and ``roofline.png``."""
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes per second (default: an H200's copy)")
+    parser.add_argument("--bandwidth", type=float, help="bytes per second (default: of the results, or 4.3e12)")
     parser.add_argument("--instruction-rate", type=float, default=INSTRUCTION_RATE, help="per second, of all threads")
     parser.add_argument(
         "--results", type=Path, nargs="*", default=[], help="files of `python -m bench --mode captured`"
@@ -146,9 +152,11 @@ def main() -> int:
         return 2
     # 64 groups move the same bytes.
     cases = [case for case in CASES if case.num_groups == 1]
-    floors = [floor_of(case, compiled_cost, arguments.bandwidth, arguments.instruction_rate) for case in cases]
-    rows = measured_rows(arguments.results)
-    table = as_markdown(floors, rows, arguments.bandwidth, arguments.instruction_rate)
+    results = [Result.read(path) for path in arguments.results]
+    bandwidth = arguments.bandwidth or copy_bandwidth_of(results)
+    floors = [floor_of(case, compiled_cost, bandwidth, arguments.instruction_rate) for case in cases]
+    rows = measured_rows(results)
+    table = as_markdown(floors, rows, bandwidth, arguments.instruction_rate)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "roofline.md").write_text(table)
     print(table)
@@ -157,7 +165,7 @@ def main() -> int:
             from bench.plots import plot_roofline
 
             points = {floor.case.name: (floor.moved, floor.us) for floor in floors}
-            plot_roofline(points, rows, arguments.bandwidth, arguments.out / "roofline.png")
+            plot_roofline(points, rows, bandwidth, arguments.out / "roofline.png")
         except ImportError as error:
             print(f"no plot: {error}", file=sys.stderr)
     return 0

@@ -31,8 +31,8 @@ class Session:
 
     def __init__(self, device: torch.device, memory: float | None = None, rounds: int | None = None) -> None:
         self.device = device
-        self.copy_bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
         self._memory = memory_budget(device) if memory is None else int(memory * 2**30)
+        self.copy_bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
         self._rounds = rounds
 
     def missing_peers(self) -> dict[str, str]:

@@ -90,6 +90,8 @@ def element_cost(param_dtype: str, grad_dtype: str) -> ElementCost:
     reading = read(kernels, variant, compiled)
     elements = variant.block_size / (variant.num_warps * 32)
     counts = count_opcodes(_disassemble(compiled.asm["cubin"]), "adam.py", kernels.aligned_call_line)
+    if not counts:
+        raise RuntimeError(f"no instruction from line {kernels.aligned_call_line} of adam.py in the code for {TARGET}")
     return ElementCost(
         loaded=reading.wide_loads * WIDE_BYTES / elements,
         stored=reading.wide_stores * WIDE_BYTES / elements,

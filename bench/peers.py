@@ -196,6 +196,6 @@ def all_peers() -> tuple[Peer, ...]:
     return (REFERENCE, OURS, *TORCH_PEERS, *EXTERNAL_PEERS)
 
 
-def find_peers(pattern: str, peers: Iterable[Peer] | None = None) -> list[Peer]:
+def find_peers(pattern: str, peers: Iterable[Peer]) -> list[Peer]:
     """The peers whose name holds a match of ``pattern``, and the reference, without which there is no ratio."""
-    return [peer for peer in peers or all_peers() if peer.name == REFERENCE.name or re.search(pattern, peer.name)]
+    return [peer for peer in peers if peer.name == REFERENCE.name or re.search(pattern, peer.name)]

@@ -477,31 +477,42 @@ def test_gradscaler_inside_a_captured_step(max_grad_norm: float | None) -> None:
     assert_same_models(model, reference)
 
 
+# -- what torch's pair does --------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("emulated_cuda")
-def test_torchs_pair_freezes_where_ours_follows() -> None:
-    """What the project exists for: a captured torch step keeps its learning rate, a captured one of ours does not."""
-    ours, theirs = make_model(), make_model()
-    optimizer = FusedAdam(ours.parameters(), schedule=Cyclic(**CYCLE))
-    torch_optimizer = torch.optim.Adam(theirs.parameters(), fused=True)
-    torch_scheduler = torch.optim.lr_scheduler.CyclicLR(torch_optimizer, **CYCLE)
-    graph = EmulatedGraph()
-    batch = batches(1)[0]
-    theirs(batch).square().mean().backward()
-    torch_optimizer.step()
-    with capture(graph):
-        torch_optimizer.step()
-    torch_scheduler.step()
-    calls = [param.detach().clone() for param in theirs.parameters()]
-    graph.replay()
-    # With constant gradients and fresh moments Adam's step is about lr: torch's stays at base_lr.
-    moved = max((a - b).abs().max().item() for a, b in zip(calls, theirs.parameters(), strict=True))
-    assert moved == pytest.approx(CYCLE["base_lr"], rel=0.2)
-    ours(batch).square().mean().backward()
-    optimizer.step()
-    with testing.record_launches() as recorded:
-        optimizer.step()
-    lrs = []
-    for _ in range(8):
-        recorded.replay()
-        lrs.append(optimizer.param_groups[0]["lr"])
-    assert len(set(lrs)) > 4
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float-lr", "tensor-lr"])
+def test_torchs_pair_freezes_where_ours_follows(tensor_lr: bool) -> None:
+    """A captured torch step keeps beta1, and a float learning rate; the same loop captured with ours follows both."""
+    torch_lr = torch.tensor(1e-3) if tensor_lr else 1e-3
+    pairs = [make_pair(True), make_pair(False, fused=True, lr=torch_lr)]
+    graphs, eager = [], make_pair(False, fused=True)
+    for pair in (*pairs, eager):
+        set_gradients(pair, 0, EVERYTHING)
+        pair.optimizer.step()
+        pair.scheduler.step()
+    applied = [(float(group["lr"]), group["betas"][0]) for group in pairs[1].optimizer.param_groups]
+    for pair in pairs:
+        graphs.append(EmulatedGraph())
+        with capture(graphs[-1]):
+            pair.optimizer.step()
+    frozen = make_pair(False, fused=True)
+    for mine, torchs in zip(frozen.params, pairs[1].params, strict=True):
+        mine.data.copy_(torchs)
+    frozen.optimizer.load_state_dict(pairs[1].optimizer.state_dict())
+    for step in range(1, 12):
+        for pair, graph in zip(pairs, graphs, strict=True):
+            set_gradients(pair, step, EVERYTHING)
+            graph.replay()
+            pair.scheduler.step()
+        set_gradients(eager, step, EVERYTHING)
+        eager.optimizer.step()
+        eager.scheduler.step()
+        # What a captured torch step does: the numbers of the capture for ever.
+        set_gradients(frozen, step, EVERYTHING)
+        for group, (lr, beta1) in zip(frozen.optimizer.param_groups, applied, strict=True):
+            group["lr"], group["betas"] = lr, (beta1, 0.999)
+        if not tensor_lr:
+            frozen.optimizer.step()
+            assert_same_params(pairs[1], frozen, 1e-6, 1e-7)
+        assert_same_params(pairs[0], eager, 1e-5, 1e-6)
+    differs = [not torch.allclose(a, b, rtol=1e-4) for a, b in zip(pairs[1].params, eager.params, strict=True)]
+    assert all(differs)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_clr import CyclicLR, FusedAdam
+from fused_clr import CyclicLR, FusedAdam, GraphedStep, Monitor
 from fused_clr.schedules import Cyclic
 
 pytestmark = pytest.mark.gpu
@@ -128,3 +128,164 @@ def test_a_tensor_of_more_than_2_to_the_31_elements() -> None:
     param.grad = torch.ones_like(param)
     FusedAdam([param], lr=0.5).step()
     assert param.min().item() == param.max().item() == -0.5
+
+
+# -- captured training loops -------------------------------------------------------------------------------------------
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8)).cuda()
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    return [torch.randn(32, 16, generator=generator, device="cuda") for _ in range(count)]
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1], ids=["plain", "clipped"])
+def test_a_graphed_step_equals_eager_torch(mode: Any, max_grad_norm: float | None) -> None:
+    ours, theirs = make_model(), make_model()
+    optimizer = FusedAdam(ours.parameters(), schedule=Cyclic(**CYCLE), max_grad_norm=max_grad_norm)
+    torch_optimizer, torch_scheduler = torch_pair(list(theirs.parameters()))
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        loss = ours(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    graphed = GraphedStep(step, optimizer, capture_error_mode=mode, check="always")
+    for batch in batches(3 * PERIOD + 4):
+        loss = graphed(batch)
+        torch_optimizer.zero_grad()
+        torch_loss = theirs(batch).square().mean()
+        torch_loss.backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm)
+        torch_optimizer.step()
+        torch_scheduler.step()
+        torch.testing.assert_close(loss, torch_loss.detach(), rtol=1e-4, atol=1e-6)
+    assert graphed.num_graphs == 1
+    assert int(optimizer.applied_steps) == 3 * PERIOD + 4
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    graphed.release()
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1], ids=["plain", "clipped"])
+def test_a_graphed_step_skips_overflows(max_grad_norm: float | None) -> None:
+    model = make_model()
+    optimizer = FusedAdam(model.parameters(), schedule=Cyclic(**CYCLE), max_grad_norm=max_grad_norm)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, growth_interval=4)
+
+    def step(batch: torch.Tensor) -> None:
+        with torch.autocast("cuda", torch.float16):
+            loss = model(batch).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    graphed = GraphedStep(step, optimizer)
+    for index, batch in enumerate(batches(40)):
+        if index % 7 == 5:
+            batch[0, 0] = torch.inf
+        graphed(batch)
+    expected = [index % 7 == 5 for index in range(40)]
+    assert optimizer.history(40).skipped.tolist() == expected
+    assert int(optimizer.skipped_steps) == sum(expected)
+    assert optimizer.schedule_step == 40 - sum(expected)
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_watching_does_not_sync() -> None:
+    model = make_model()
+    optimizer = FusedAdam(model.parameters(), schedule=Cyclic(**CYCLE), max_grad_norm=1.0)
+
+    def step(batch: torch.Tensor) -> None:
+        model(batch).square().mean().backward()
+        optimizer.step()
+
+    graphed, monitor = GraphedStep(step, optimizer), Monitor(optimizer)
+    data = batches(60)
+    for batch in data[:10]:
+        graphed(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in data[10:]:
+            graphed(batch)
+            monitor.poll()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    monitor.poll()
+    status = monitor.poll()
+    assert status is not None
+    assert 10 < status.applied_steps <= 60
+
+
+def test_retires_beside_other_work() -> None:
+    """Another stream keeps the multiprocessors busy, so that programs of one launch start at different times."""
+    params = make_params(torch.float32) + [torch.nn.Parameter(torch.ones(1 << 20, device="cuda"))]
+    optimizer = FusedAdam(params, schedule=Cyclic(**CYCLE), max_grad_norm=1.0)
+    set_gradients(params, 0)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    busy = torch.cuda.Stream()
+    matrix = torch.randn(2048, 2048, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(2000):
+        with torch.cuda.stream(busy):
+            matrix = (matrix @ matrix).clamp(-1, 1)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert optimizer.schedule_step == int(optimizer.applied_steps) == 2001
+    assert all(optimizer.state[param]["step"].item() == 2001 for param in params)
+
+
+def test_eager_steps_between_replays_of_two_graphs() -> None:
+    ours, theirs = make_params(torch.float32), make_params(torch.float32)
+    optimizer = FusedAdam(ours, schedule=Cyclic(**CYCLE))
+    torch_optimizer, torch_scheduler = torch_pair(theirs)
+    set_gradients(ours, 0)
+    set_gradients(theirs, 0)
+    optimizer.step()
+    torch_optimizer.step()
+    torch_scheduler.step()
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    for step in range(1, 3 * PERIOD):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        if step % 3:
+            graphs[step % 2].replay()
+        else:
+            static = [param.grad for param in ours]
+            for param in ours:
+                param.grad = param.grad.clone()
+            optimizer.step()
+            for param, grad in zip(ours, static, strict=True):
+                param.grad = grad
+        torch_optimizer.step()
+        torch_scheduler.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_two_devices_clip_and_skip_together() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    params = [torch.nn.Parameter(torch.ones(100, device=f"cuda:{index}")) for index in (0, 1)]
+    optimizer = FusedAdam(params, max_grad_norm=1.0, skip_nonfinite=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(200**0.5)
+    assert params[0].grad is not None
+    params[0].grad[3] = torch.nan
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))

@@ -39,8 +39,11 @@ def stub_launches(monkeypatch: pytest.MonkeyPatch) -> list[launch.Launch]:
     return launches
 
 
-def test_in_steady_state_a_step_calls_no_operator(triton_backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = make_pair(True)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "store_grads": True}], ids=["plain", "clipped"])
+def test_in_steady_state_a_step_calls_no_operator(
+    options: dict[str, Any], triton_backend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair(True, **options)
     train(pair, 2)
     launches = stub_launches(monkeypatch)
     with CountOperators() as operators:
@@ -48,7 +51,7 @@ def test_in_steady_state_a_step_calls_no_operator(triton_backend: None, monkeypa
             pair.optimizer.step()
             pair.scheduler.step()
     assert operators.calls == []
-    assert len(launches) == 3
+    assert len(launches) == 3 * (1 + len(options) // 2)
     # The counter does count: moved gradients are uploaded.
     pair.params[0].grad = torch.ones(3)
     with CountOperators() as operators:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -497,7 +498,7 @@ def test_torchs_pair_freezes_where_ours_follows(tensor_lr: bool) -> None:
     frozen = make_pair(False, fused=True)
     for mine, torchs in zip(frozen.params, pairs[1].params, strict=True):
         mine.data.copy_(torchs)
-    frozen.optimizer.load_state_dict(pairs[1].optimizer.state_dict())
+    frozen.optimizer.load_state_dict(copy.deepcopy(pairs[1].optimizer.state_dict()))
     for step in range(1, 12):
         for pair, graph in zip(pairs, graphs, strict=True):
             set_gradients(pair, step, EVERYTHING)

@@ -225,7 +225,7 @@ def test_watching_does_not_sync() -> None:
 
 def test_retires_beside_other_work() -> None:
     """Another stream keeps the multiprocessors busy, so that programs of one launch start at different times."""
-    params = make_params(torch.float32) + [torch.nn.Parameter(torch.ones(1 << 20, device="cuda"))]
+    params = [*make_params(torch.float32), torch.nn.Parameter(torch.ones(1 << 20, device="cuda"))]
     optimizer = FusedAdam(params, schedule=Cyclic(**CYCLE), max_grad_norm=1.0)
     set_gradients(params, 0)
     optimizer.step()

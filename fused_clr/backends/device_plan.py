@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..kernels import layout
 from ..plan import LaunchPlan
+from .capture import relaxed_capture
 from .step_launches import StepLaunches
 
 # Tensor tables kept for captures to come: graphs that can be captured with no eager step between.
@@ -49,6 +50,7 @@ class DevicePlan:
         self.tensor_table = self.new_tensor_table()
         # For captures to come, during which nothing may be allocated.
         self.spare_tables: list[Tensor] = []
+        self._spares_free: torch.cuda.Event | None = None
 
     def new_tensor_table(self) -> Tensor:
         """int64[num_tensors, TENSOR_COLUMNS] on the device, not yet filled."""
@@ -58,6 +60,22 @@ class DevicePlan:
         """Allocates what the next captures need."""
         while len(self.spare_tables) < SPARE_TABLES:
             self.spare_tables.append(self.new_tensor_table())
+        # Whoever had this memory before may still be at work on this stream.
+        self._spares_free = torch.cuda.Event()
+        self._spares_free.record(torch.cuda.current_stream(self.device))
+
+    def fill_captured_table(self, table: Tensor) -> None:
+        """Copies the rows into a spare table while this thread captures; done when it returns.
+
+        On a stream that is not captured: a copy node would read the host's memory again at every replay.
+        """
+        assert self._spares_free is not None
+        with relaxed_capture(self.device):
+            stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._spares_free)
+                table.copy_(torch.from_numpy(self.rows.copy()))
+            stream.synchronize()
 
     def set_addresses(self, addresses: list[int]) -> None:
         """Writes the addresses of parameters, then gradients, into the rows; uploads nothing."""

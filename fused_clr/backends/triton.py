@@ -13,7 +13,7 @@ from ..hyperparameters import same_layout
 from ..kernels import layout
 from ..plan import plan_launches, real_dtype
 from . import launch as launcher
-from .capture import EngineCapture, Place, relaxed_capture
+from .capture import EngineCapture, Place
 from .device_engine import DeviceEngine
 from .device_plan import DevicePlan, layouts, upload
 from .engine import DevicesChangedError, moment_names
@@ -171,10 +171,12 @@ class TritonEngine(DeviceEngine):
         if self._capturing and not plan.spare_tables:
             raise RuntimeError("another capture needs tables of its own: take one eager step before it")
         plan.set_addresses(self._addresses(plan, grads))
-        # Not from the graph's private pool, which reuses its blocks, and not by a copy node, which would read the
-        # host's memory again at every replay.
-        table = plan.spare_tables.pop() if self._capturing else plan.new_tensor_table()
-        self._fill_captured_table(table, plan)
+        # Not from the graph's private pool, which reuses its blocks.
+        if self._capturing:
+            table = plan.spare_tables.pop()
+            plan.fill_captured_table(table)
+        else:
+            table = upload(plan.rows, self.device)
         launches = self._compile(plan, table)
         self._ready = plan, launches
         if self._capturing:
@@ -183,17 +185,6 @@ class TritonEngine(DeviceEngine):
         state = [dict(self.state[param]) for param in plan.params]
         tensors = [*grads, *plan.params, *plan.buffers.values(), *state]
         return EngineCapture(self, plan.plan.active, (plan, table, launches), tensors)
-
-    def _fill_captured_table(self, table: Tensor, plan: DevicePlan) -> None:
-        host = torch.from_numpy(plan.rows.copy())
-        if not self._capturing:
-            table.copy_(host)
-            return
-        with relaxed_capture(self.device):
-            stream = torch.cuda.Stream(self.device)
-            with torch.cuda.stream(stream):
-                table.copy_(host)
-            stream.synchronize()
 
     def refresh_capture(self, capture: EngineCapture) -> None:
         """Writes present addresses into a captured launch's table. See `CapturableEngine`."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fused_clr.backends.step_launches import DEFAULT_CONFIG
-
 from .assembly import UnreadableError
 from .machine_code import WIDE_BYTES, Reading, read_amdgcn, read_cubin
 from .retire import retire_problems
@@ -48,8 +46,10 @@ def bytes_per_element(variant: Variant) -> tuple[int, int]:
 def read(kernels: Kernels, variant: Variant, compiled: Any) -> Reading:
     """The reading of a compiled variant."""
     if TARGETS[variant.target].backend == "cuda":
-        return read_cubin(compiled.asm["cubin"], variant.num_warps)
-    return read_amdgcn(compiled.asm["amdgcn"], variant.num_warps, kernels.access_lines, kernels.aligned_call_line)
+        return read_cubin(compiled.asm["cubin"], variant.config.num_warps)
+    return read_amdgcn(
+        compiled.asm["amdgcn"], variant.config.num_warps, kernels.access_lines, kernels.aligned_call_line
+    )
 
 
 def audit(kernels: Kernels, variant: Variant) -> Result:
@@ -64,7 +64,7 @@ def audit(kernels: Kernels, variant: Variant) -> Result:
     if variant.kernel == "prime_kernel":
         return Result(variant, reading, 0, 0, problems)
 
-    bytes_per_access = WIDE_BYTES * DEFAULT_CONFIG.num_warps * 32 / variant.block_size
+    bytes_per_access = WIDE_BYTES * variant.config.num_warps * TARGETS[variant.target].warp_size / variant.block_size
     loaded, stored = reading.wide_loads * bytes_per_access, reading.wide_stores * bytes_per_access
     expected = bytes_per_element(variant)
     is_norm, is_cuda = variant.kernel == "norm_kernel", TARGETS[variant.target].backend == "cuda"

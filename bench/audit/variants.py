@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_clr.backends.step_launches import DEFAULT_CONFIG, PARTIALS
+from fused_clr.backends.step_launches import CONFIGS, PARTIALS, LaunchConfig
 from fused_clr.plan import block_size_of
 
 TARGETS = {
@@ -88,11 +88,16 @@ class Variant(NamedTuple):
     all_dtypes: bool = False
 
     @property
+    def config(self) -> LaunchConfig:
+        """What users of the target get."""
+        return CONFIGS[TARGETS[self.target].backend]
+
+    @property
     def block_size(self) -> int:
         """Elements of a chunk."""
         if self.kernel == "norm_kernel":
-            return DEFAULT_CONFIG.block_size
-        return block_size_of(getattr(torch, self.param_dtype), DEFAULT_CONFIG.block_size)
+            return self.config.block_size
+        return block_size_of(getattr(torch, self.param_dtype), self.config.block_size)
 
     @property
     def name(self) -> str:
@@ -109,11 +114,6 @@ class Variant(NamedTuple):
         words += ["scale-fn"] if self.scale_fn else []
         words += ["ones"] if self.ones else []
         return " ".join(words)
-
-    @property
-    def num_warps(self) -> int:
-        """Warps of a program: as many threads on every target."""
-        return DEFAULT_CONFIG.num_warps * 32 // TARGETS[self.target].warp_size
 
 
 def all_variants() -> list[Variant]:
@@ -181,7 +181,7 @@ class Kernels:
             "DTYPES": 0b1111 if variant.all_dtypes else 0b100,
             "PARTIALS": PARTIALS,
             "BLOCK_SIZE": variant.block_size,
-            "LANES": DEFAULT_CONFIG.lanes,
+            "LANES": variant.config.lanes,
         }
         signature, values, attributes = {}, {}, {}
         for parameter in kernel.params:
@@ -196,4 +196,4 @@ class Kernels:
             else:
                 signature[name] = "i32"
         source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
-        return triton.compile(source, target=target, options={**DEFAULT_CONFIG.options, "num_warps": variant.num_warps})
+        return triton.compile(source, target=target, options=variant.config.options)

@@ -22,14 +22,14 @@ from .device_plan import DevicePlan, upload
 from .engine import Engine
 from .hyper_table import encode
 from .launch import INTERPRETED, Launch
-from .step_launches import DEFAULT_CONFIG, StepConstants
+from .step_launches import StepConstants, config_for_device
 
 
 class DeviceEngine(Engine[DevicePlan]):
     """What a device knows between steps. Arguments as for `Engine`."""
 
     # A test may set another one.
-    config = DEFAULT_CONFIG
+    config = config_for_device()
 
     def __init__(
         self,

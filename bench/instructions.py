@@ -88,7 +88,7 @@ def element_cost(param_dtype: str, grad_dtype: str) -> ElementCost:
     variant = Variant(TARGET, "adam_kernel", False, param_dtype, grad_dtype, is_last=False)
     compiled = kernels.compile(variant)
     reading = read(kernels, variant, compiled)
-    elements = variant.block_size / (variant.num_warps * 32)
+    elements = variant.block_size / (variant.config.num_warps * 32)
     counts = count_opcodes(_disassemble(compiled.asm["cubin"]), "adam.py", kernels.aligned_call_line)
     if not counts:
         raise RuntimeError(f"no instruction from line {kernels.aligned_call_line} of adam.py in the code for {TARGET}")

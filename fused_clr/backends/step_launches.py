@@ -55,9 +55,9 @@ class LaunchConfig(NamedTuple):
 
 
 # By the compiled code (`make audit`), for want of a GPU to measure on; to be replaced by measured choices.
-# cuda: 2,048 elements by 8 warps, 100 to 128 registers: 2 programs of 256 threads on a multiprocessor of sm_80, sm_90 and
-#   sm_100. Each thread loads 128 bytes of p, g, m, v at once, so that 64 KiB are under way on each multiprocessor: more
-#   than twice what 4.3 TB/s at 700 ns of latency ask of each of an H200's 132.
+# cuda: 2,048 elements by 8 warps, 100 to 128 registers: 2 programs of 256 threads on a multiprocessor of sm_80, sm_90
+#   and sm_100. Each thread loads 128 bytes of p, g, m, v at once, so that 64 KiB are under way on each multiprocessor:
+#   more than twice what 4.3 TB/s at 700 ns of latency ask of each of an H200's 132.
 # hip: as many threads, in 4 warps of 64: 4 programs by registers on gfx942.
 CONFIGS = {"cuda": LaunchConfig(), "hip": LaunchConfig(num_warps=4)}
 

@@ -208,6 +208,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: A replay would be wrong or do nothing; the message names the tensor. Or nothing was captured.
+            TypeError: ``captured`` is no captured step.
         """
         engines = self._engines.ready()
         for engine in engines:
@@ -216,6 +217,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not self.captured_steps:
                 raise RuntimeError("check_replay() found no captured step: capture optimizer.step() first")
             captured = self.captured_steps[-1]
+        if not isinstance(captured, CapturedStep):
+            raise TypeError(f"captured must be one of optimizer.captured_steps or None, got {type(captured).__name__}")
         captured.check(step_only)
 
     # -- the clock ----------------------------------------------------------------------------------------------------

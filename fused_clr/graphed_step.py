@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -74,10 +74,14 @@ class GraphedStep:
         max_graphs: int = 8,
         capture_error_mode: Literal["global", "thread_local", "relaxed"] = "global",
     ) -> None:
-        self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        if not callable(step):
+            raise TypeError(f"step must be callable, got {type(step).__name__}")
+        self._optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         for entry in self._optimizers:
             if not isinstance(entry, FusedOptimizer):
                 raise TypeError(f"optimizer must be a FusedAdam or a list of them, got {type(entry).__name__}")
+        if not self._optimizers:
+            raise ValueError("optimizer must not be an empty list")
         for name, value in (("warmup", warmup), ("max_graphs", max_graphs)):
             if value not in range(1, 1 << 31):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
@@ -98,21 +102,23 @@ class GraphedStep:
         """Graphs captured and kept; 0 without CUDA."""
         return len(self._graphs)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Takes one training step.
 
         Args:
             args: A batch, as ``step`` takes it: tensors on any device, in any nesting of tuples, lists and dicts, and
                 hashable values.
+            kwargs: Likewise.
 
         Returns:
             What ``step`` returned. From a replay, tensors that the next replay overwrites: clone what is to be kept.
 
         Raises:
             RuntimeError: The step cannot be captured, or `FusedAdam.check_replay` found that a replay would be wrong.
+            TypeError: An argument is neither a tensor nor hashable.
         """
         device = self._device()
-        leaves, structure = pytree.tree_flatten(args)
+        leaves, structure = pytree.tree_flatten((args, kwargs))
         key = structure, tuple(_kind(leaf) for leaf in leaves)
         if not self._has_cuda(device):
             return self._run(structure, leaves, device)
@@ -167,7 +173,8 @@ class GraphedStep:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         moved = [leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return self._step(*pytree.tree_unflatten(moved, structure))
+        args, kwargs = pytree.tree_unflatten(moved, structure)
+        return self._step(*args, **kwargs)
 
     def _run_on_side_stream(self, structure: Any, leaves: list[Any], device: torch.device) -> Any:
         # A capture refuses what torch's libraries and autograd set up on first use on the default stream.
@@ -183,6 +190,7 @@ class GraphedStep:
         inputs = [torch.empty_like(leaf, device=device) for leaf in leaves if isinstance(leaf, Tensor)]
         static = iter(inputs)
         static_leaves = [next(static) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(static_leaves, structure)
         before = [len(optimizer.captured_steps) for optimizer in self._optimizers]
         graph = torch.cuda.CUDAGraph()
         # Gradients of the graph's own, which its backward writes instead of adding to.
@@ -191,7 +199,7 @@ class GraphedStep:
         captured: list[tuple[FusedOptimizer, CapturedStep]] = []
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=self._capture_error_mode):
-                output = self._step(*pytree.tree_unflatten(static_leaves, structure))
+                output = self._step(*args, **kwargs)
         finally:
             for optimizer, count in zip(self._optimizers, before, strict=True):
                 captured += [(optimizer, step) for step in optimizer.captured_steps[count:]]
@@ -224,7 +232,14 @@ class GraphedStep:
 
 def _kind(leaf: Any) -> Any:
     """What a graph is captured for: a tensor's shape and dtype, or the value of anything else."""
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype
+    if not isinstance(leaf, Hashable):
+        raise TypeError(
+            "arguments must be tensors or hashable values, in any nesting of tuples, lists and dicts, got "
+            f"{type(leaf).__name__}"
+        )
+    return leaf
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -54,6 +54,9 @@ def check_options(options: StepOptions) -> StepOptions:
     size: Any = options.history_size
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise ValueError(f"history_size must be an integer >= 0, got {size!r}")
+    for name in ("skip_nonfinite", "store_grads", "advance_on_skip"):
+        if not isinstance(getattr(options, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(options, name)!r}")
     if options.skip_nonfinite and limit is None:
         raise ValueError(
             "skip_nonfinite=True needs max_grad_norm, whose norm it looks at; math.inf measures without clipping"

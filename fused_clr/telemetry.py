@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .optim import FusedAdam
+    from .base import FusedOptimizer
 
 # Columns of a history's rows, as `fused_clr.kernels.layout` has them.
 ENTRY, STEP, LR, MOMENTUM, GRAD_NORM, CLIP_COEFFICIENT, GRAD_SCALE, SKIPPED = range(8)
@@ -95,6 +95,9 @@ class Monitor:
     Args:
         optimizer: A `FusedAdam`.
 
+    Raises:
+        TypeError: ``optimizer`` is none.
+
     Example:
         >>> import fused_clr
         >>> optimizer = fused_clr.FusedAdam([torch.nn.Parameter(torch.ones(2))], lr=0.1)
@@ -104,7 +107,9 @@ class Monitor:
         0.1
     """
 
-    def __init__(self, optimizer: FusedAdam) -> None:
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        if not hasattr(optimizer, "live_lr"):
+            raise TypeError(f"optimizer must be a FusedAdam, got {type(optimizer).__name__}")
         self._optimizer = optimizer
         self._latest: Status | None = None
         self._pending: _Copy | None = None

@@ -406,6 +406,55 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         GraphedStep(print, torch.optim.SGD([torch.ones(1)]))
 
 
+def test_bad_objects() -> None:
+    _, optimizer, graphed = graphed_model()
+    with pytest.raises(TypeError, match="step must be callable, got NoneType"):
+        GraphedStep(None, optimizer)
+    with pytest.raises(ValueError, match="optimizer must not be an empty list"):
+        GraphedStep(print, [])
+    with pytest.raises(TypeError, match="tensors or hashable values, .* got set"):
+        graphed({1, 2})
+    with pytest.raises(TypeError, match=r"captured must be one of optimizer\.captured_steps or None, got str"):
+        optimizer.check_replay("newest")
+    with pytest.raises(TypeError, match="optimizer must be a FusedAdam, got SGD"):
+        fused_clr.Monitor(torch.optim.SGD([torch.ones(1)]))
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_batches_may_be_nested_and_named() -> None:
+    model, optimizer, _ = graphed_model()
+    seen = []
+
+    def step(batch: dict[str, Any], *, scale: float) -> dict[str, torch.Tensor]:
+        loss = model(batch["inputs"]).square().mean() * scale
+        loss.backward()
+        optimizer.step()
+        seen.append(batch["name"])
+        return {"loss": loss.detach()}
+
+    graphed = GraphedStep(step, optimizer, warmup=1)
+    losses = [graphed({"inputs": batch, "name": "x"}, scale=2.0)["loss"].item() for batch in batches(6)]
+    assert losses == pytest.approx([2 * loss for loss in _losses_at_twice_the_scale(6)], rel=1e-5)
+    assert seen == ["x", "x"]
+    # Another value that is no tensor is another graph.
+    graphed({"inputs": batches(1)[0], "name": "y"}, scale=2.0)
+    graphed({"inputs": batches(1)[0], "name": "y"}, scale=2.0)
+    assert graphed.num_graphs == 2
+
+
+def _losses_at_twice_the_scale(steps: int) -> list[float]:
+    model = make_model()
+    optimizer = FusedAdam(model.parameters(), schedule=Cyclic(**CYCLE))
+    losses = []
+    for batch in batches(steps):
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        (loss * 2).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.usefixtures("emulated_cuda")
 def test_accumulation_inside_a_captured_step() -> None:
     model, reference = make_model(), make_model()

@@ -163,6 +163,7 @@ def test_replays_with_skips(advance_on_skip: bool, monkeypatch: pytest.MonkeyPat
         ({"max_grad_norm": "1"}, None),
         ({"max_grad_norm": "one"}, "max_grad_norm must be a number > 0 .*, got 'one'"),
         ({"skip_nonfinite": True}, "skip_nonfinite=True needs max_grad_norm"),
+        ({"store_grads": "yes"}, "store_grads must be True or False, got 'yes'"),
         ({"history_size": -1}, "history_size must be an integer >= 0, got -1"),
         ({"history_size": 2.5}, "history_size must be an integer >= 0, got 2.5"),
     ],

@@ -76,12 +76,13 @@ class GraphedStep:
     ) -> None:
         if not callable(step):
             raise TypeError(f"step must be callable, got {type(step).__name__}")
-        self._optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-        for entry in self._optimizers:
+        optimizers: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        for entry in optimizers:
             if not isinstance(entry, FusedOptimizer):
                 raise TypeError(f"optimizer must be a FusedAdam or a list of them, got {type(entry).__name__}")
-        if not self._optimizers:
+        if not optimizers:
             raise ValueError("optimizer must not be an empty list")
+        self._optimizers: list[FusedOptimizer] = optimizers
         for name, value in (("warmup", warmup), ("max_graphs", max_graphs)):
             if value not in range(1, 1 << 31):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")

@@ -142,7 +142,7 @@ class Cyclic:
         Raises:
             ValueError: ``step`` is negative.
         """
-        height, scale = self._height_and_scale(step)
+        height, scale = self.height_and_scale(step)
         lr: float | FloatArray = self.base_lr + (self.max_lr - self.base_lr) * height * scale
         return lr
 
@@ -162,17 +162,23 @@ class Cyclic:
         Raises:
             ValueError: ``step`` is negative.
         """
-        height, scale = self._height_and_scale(step)
+        height, scale = self.height_and_scale(step)
         momentum: float | FloatArray = self.max_momentum - (self.max_momentum - self.base_momentum) * height * scale
         return momentum
 
     def lr_and_momentum(self, step: int) -> tuple[float, float]:
         """``lr(step)`` and ``momentum(step)``, with the triangle evaluated once."""
-        height, scale = self._height_and_scale(step)
+        height, scale = self.height_and_scale(step)
         lr = self.base_lr + (self.max_lr - self.base_lr) * height * scale
         return lr, self.max_momentum - (self.max_momentum - self.base_momentum) * height * scale
 
-    def _height_and_scale(self, step: int | IntArray) -> tuple[Any, Any]:
+    @property
+    def wave(self) -> tuple[Any, ...]:
+        """What `height_and_scale` depends on; hashable. Schedules with other bounds may share it."""
+        return self.step_size_up, self.step_size_down, self.mode, self.gamma, id(self.scale_fn), self.scale_mode
+
+    def height_and_scale(self, step: int | IntArray) -> tuple[Any, Any]:
+        """Height of the triangle at ``step``, in [0, 1], and what the mode or ``scale_fn`` multiplies it by."""
         up, period, shift = self.units
         if isinstance(step, np.ndarray):
             if step.size and step.min() < 0:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..hyperparameters import Hyperparameters, same_layout
+from ..schedules import Cyclic
 from ..telemetry import HISTORY_COLUMNS, LR, MOMENTUM, History, Status, ordered_history
 from .capture import EngineCapture
 from .engine import DevicesChangedError, Engine
@@ -19,6 +20,16 @@ from .launch import recorders
 
 # As `torch.nn.utils.clip_grad_norm_`.
 CLIP_EPS = 1e-6
+
+
+class Bounds(NamedTuple):
+    """What a group's schedule makes of its wave; ``momentum_span`` is None where beta1 stays what it is."""
+
+    group_index: int
+    base_lr: float
+    lr_span: float
+    max_momentum: float
+    momentum_span: float | None
 
 
 @dataclass
@@ -81,19 +92,38 @@ class CpuEngine(Engine[CpuPlan]):
         self._max_grad_norm = self.options.max_grad_norm
         self._clip_coefficient, self._overflow = 1.0, False
         self._grads: list[Tensor | None] = []
+        self._sort_schedules()
         self._evaluate()
         self._applied = self._next
 
+    def _sort_schedules(self) -> None:
+        """Finds the groups whose schedules differ in their bounds alone: their triangle is evaluated once."""
+        self._has_tensor_lr = any(isinstance(h.lr, Tensor) for h in self.hyperparameters)
+        waves: dict[Any, tuple[Cyclic, list[Bounds]]] = {}
+        self._constants = []
+        for index, h in enumerate(self.hyperparameters):
+            if h.schedule is None:
+                self._constants.append((index, h.lr, h.beta1))
+                continue
+            s = h.schedule
+            momenta = (s.max_momentum, s.max_momentum - s.base_momentum) if s.cycle_momentum else (h.beta1, None)
+            waves.setdefault(s.wave, (s, []))[1].append(Bounds(index, s.base_lr, s.max_lr - s.base_lr, *momenta))
+        self._waves = list(waves.values())
+
     def _evaluate(self) -> None:
         """Evaluates every group's schedule at the present step, for the next update."""
-        step = self.host_step
-        self._next = [
-            (float(h.lr), h.beta1) if h.schedule is None else _scheduled(h, step) for h in self.hyperparameters
-        ]
-        for index, (lr, beta1) in enumerate(self._next):
-            self._live_lr[index] = lr
-            self._live_beta1[index] = beta1
-        self._has_tensor_lr = any(isinstance(h.lr, Tensor) for h in self.hyperparameters)
+        lrs, beta1s = [0.0] * len(self.hyperparameters), [0.0] * len(self.hyperparameters)
+        for index, lr, beta1 in self._constants:
+            lrs[index], beta1s[index] = float(lr), beta1
+        for schedule, members in self._waves:
+            height, scale = schedule.height_and_scale(self.host_step)
+            for index, base_lr, lr_span, max_momentum, momentum_span in members:
+                # The operations of `Cyclic.lr_and_momentum`, in its order.
+                lrs[index] = base_lr + lr_span * height * scale
+                beta1s[index] = max_momentum if momentum_span is None else max_momentum - momentum_span * height * scale
+        self._next = list(zip(lrs, beta1s, strict=True))
+        self._live_lr[:] = lrs
+        self._live_beta1[:] = beta1s
 
     def build_plan(self, grads: Sequence[Tensor | None]) -> CpuPlan:
         """Sorts the tensors into batches. See `Engine.build_plan`."""
@@ -222,6 +252,7 @@ class CpuEngine(Engine[CpuPlan]):
         if [h.amsgrad for h in hyperparameters] != [h.amsgrad for h in self.hyperparameters]:
             self.drop_plans()
         self.hyperparameters = list(hyperparameters)
+        self._sort_schedules()
         self._evaluate()
 
     def read_lr_and_beta1(self, group_index: int, applied: bool) -> tuple[float, float]:
@@ -285,13 +316,6 @@ class CpuEngine(Engine[CpuPlan]):
     def set_counts(self, applied_steps: int, skipped_steps: int) -> None:
         """See `Engine.set_counts`."""
         self._counts[:] = applied_steps, skipped_steps
-
-
-def _scheduled(hyperparameters: Hyperparameters, step: int) -> tuple[float, float]:
-    schedule = hyperparameters.schedule
-    assert schedule is not None
-    lr, momentum = schedule.lr_and_momentum(step)
-    return lr, momentum if schedule.cycle_momentum else hyperparameters.beta1
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -83,8 +83,9 @@ class GraphedStep:
         if not optimizers:
             raise ValueError("optimizer must not be an empty list")
         self._optimizers: list[FusedOptimizer] = optimizers
-        for name, value in (("warmup", warmup), ("max_graphs", max_graphs)):
-            if value not in range(1, 1 << 31):
+        counts: dict[str, Any] = {"warmup": warmup, "max_graphs": max_graphs}
+        for name, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         _check_choice("check", check, ("first", "always", "never"))
         _check_choice("capture_error_mode", capture_error_mode, ("global", "thread_local", "relaxed"))

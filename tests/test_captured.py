@@ -394,6 +394,8 @@ def test_a_step_without_an_optimizer_step_is_refused() -> None:
     ("arguments", "message"),
     [
         ({"warmup": 0}, "warmup must be an integer >= 1, got 0"),
+        ({"warmup": "3"}, "warmup must be an integer >= 1, got '3'"),
+        ({"max_graphs": 2.5}, "max_graphs must be an integer >= 1, got 2.5"),
         ({"max_graphs": -1}, "max_graphs must be an integer >= 1, got -1"),
         ({"check": "sometimes"}, "check must be one of 'first', 'always', 'never', got 'sometimes'"),
         ({"capture_error_mode": "strict"}, "capture_error_mode must be one of .*, got 'strict'"),

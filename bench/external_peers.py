@@ -42,7 +42,9 @@ def _bitsandbytes(request: Request) -> Stepper:
 
 
 def _heavyball(request: Request) -> Stepper:
-    return _pair(request, import_module("heavyball").AdamW(request.groups, lr=1e-3, betas=BETAS, eps=1e-8))
+    # It takes the gradients away unless told otherwise.
+    arguments = {"betas": BETAS, "eps": 1e-8, "consume_grad": False}
+    return _pair(request, import_module("heavyball").AdamW(request.groups, lr=1e-3, **arguments))
 
 
 EXTERNAL_PEERS = (

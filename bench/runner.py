@@ -111,6 +111,13 @@ def measure(case: Case, peers: Sequence[Peer], settings: Settings) -> list[Row]:
     return [rows[peer.name] for peer in peers]
 
 
+def check_gradients(params: Sequence[torch.Tensor]) -> None:
+    """Raises a RuntimeError where a step took gradients away: later steps of all peers would be empty."""
+    missing = sum(param.grad is None for param in params)
+    if missing:
+        raise RuntimeError(f"the step took {missing} of {len(params)} gradients away")
+
+
 def _measure_batch(case: Case, peers: Sequence[Peer], settings: Settings) -> list[Row]:
     # What the batch before held.
     gc.collect()
@@ -122,7 +129,11 @@ def _measure_batch(case: Case, peers: Sequence[Peer], settings: Settings) -> lis
                 raise NotAvailableError(f"compiles for minutes beyond {MOST_COMPILED} tensors")
             # Parameters and gradients are shared; peers write their values, which decide no time.
             dealt = [{"params": params[index :: case.num_groups]} for index in range(case.num_groups)]
-            return peer.build(Request(dealt, settings.device, case.clips, settings.mode == "captured"))
+            stepper = peer.build(Request(dealt, settings.device, case.clips, settings.mode == "captured"))
+            with stepper.context():
+                stepper.update()
+            check_gradients(params)
+            return stepper
 
         return build
 

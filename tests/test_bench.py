@@ -151,6 +151,16 @@ def test_host_mode_launches_nothing(triton_backend: None) -> None:
     assert params[0].tolist() == [1, 1, 1, 1]
 
 
+def test_a_peer_that_takes_the_gradients_away_is_named() -> None:
+    def build(request: Request) -> Stepper:
+        optimizer = torch.optim.SGD(request.params)
+        return Stepper(optimizer.zero_grad)
+
+    row = measure(SMALLEST, [REFERENCE, Peer("thief", build)], QUICK)[1]
+    assert row.status == "failed"
+    assert "took 4 of 4 gradients away" in row.remark
+
+
 def test_host_mode_refuses_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_CLR_BACKEND", "cpu")
     row = measure(SMALLEST, [HOST_PEERS[0], HOST_PEERS[-1]], replace(QUICK, mode="host"))[1]

@@ -12,6 +12,11 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checks import Result
+    from .variants import Kernels, Variant
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = "{:56} {:>9} {:>6} {:>12} {:>7}  {}"
@@ -47,20 +52,20 @@ def main() -> int:
 
 
 @cache
-def _load_kernels(folder):
+def _load_kernels(folder: Path) -> Kernels:
     from .variants import Kernels
 
     return Kernels(folder)
 
 
-def _audit_in_worker(task):
+def _audit_in_worker(task: tuple[Path, Variant]) -> Result:
     from .checks import audit
 
     folder, variant = task
     return audit(_load_kernels(folder), variant)
 
 
-def _as_row(result) -> str:
+def _as_row(result: Result) -> str:
     problems = "; ".join(result.problems) or "ok"
     if result.reading is None:
         return COLUMNS.format(result.variant.name, "", "", "", "", problems)

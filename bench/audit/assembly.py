@@ -29,7 +29,10 @@ def _ptx_registers(text: str) -> frozenset[str]:
 
 
 def _read_ptx_instruction(text: str, source_line: int) -> Instruction:
-    guard, opcode, operands = re.fullmatch(r"(?:@!?(%\w+)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL).groups()
+    instruction = re.fullmatch(r"(?:@!?(%\w+)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL)
+    if instruction is None:
+        raise UnreadableError(f"cannot read {text!r}")
+    guard, opcode, operands = instruction.groups()
     if opcode.startswith(OPAQUE_BRANCHES):
         raise UnreadableError(f"cannot follow {text!r}")
     if opcode.startswith("bra"):
@@ -99,8 +102,9 @@ def _read_amdgcn_instruction(text: str, source_line: int) -> Instruction:
     if opcode == "s_endpgm":
         return Instruction(text, falls_through=False, source_line=source_line)
     kind = "other"
-    if re.match(r"(global|flat|buffer)_(load|store|atomic)|s_(load|buffer_load|store|atomic)", opcode):
-        kind = re.search(r"load|store|atomic", opcode)[0]
+    access = re.match(r"(?:global|flat|buffer|s)_(?:buffer_)?(load|store|atomic)", opcode)
+    if access:
+        kind = access[1]
     elif opcode == "s_barrier":
         kind = "barrier"
     first, rest = _first_operand(operands)

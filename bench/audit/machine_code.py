@@ -83,7 +83,7 @@ def read_amdgcn(text: str, num_warps: int, access_lines: Container[int], call_li
         call_line: Line of the call that handles whole, aligned chunks.
     """
     figures = {
-        name: int(re.search(pattern, text)[1])
+        name: int(found[1])
         for name, pattern in {
             "registers": r"\.vgpr_count:\s*(\d+)",
             "vector spills": r"\.vgpr_spill_count:\s*(\d+)",
@@ -91,6 +91,7 @@ def read_amdgcn(text: str, num_warps: int, access_lines: Container[int], call_li
             "scratch bytes": r"\.private_segment_fixed_size:\s*(\d+)",
             "waves": r"; Occupancy:\s*(\d+)",
         }.items()
+        if (found := re.search(pattern, text))
     }
     wide = {"load": 0, "store": 0}
     float64 = 0

@@ -48,7 +48,7 @@ POINTERS = {
 
 
 @triton.jit
-def inverse_growth(x):
+def inverse_growth(x):  # type: ignore[no-untyped-def]
     """A user's ``scale_fn``, as in the documentation of torch's CyclicLR.
 
     Args:

@@ -2,6 +2,7 @@
 
 from . import schedules, testing
 from .captured import CapturedStep
+from .conversion import fuse, unfuse
 from .graphed_step import GraphedStep
 from .optim import FusedAdam, FusedAdamW
 from .scheduler import CyclicLR
@@ -16,7 +17,9 @@ __all__ = [
     "History",
     "Monitor",
     "Status",
+    "fuse",
     "schedules",
     "testing",
+    "unfuse",
 ]
 __version__ = "0.1.0"

@@ -114,10 +114,21 @@ class CyclicLR(LRScheduler):
             )
             for index in range(num_groups)
         ]
+        self._attach(optimizer, last_epoch + 1)
+
+    @classmethod
+    def _of_schedules(cls, optimizer: FusedAdam, schedules: Sequence[Cyclic], step: int) -> CyclicLR:
+        """A scheduler of given schedules, one per group, at a step of theirs."""
+        scheduler = cls.__new__(cls)
+        scheduler._schedules = list(schedules)
+        scheduler._attach(optimizer, step)
+        return scheduler
+
+    def _attach(self, optimizer: FusedAdam, step: int) -> None:
         self.optimizer = optimizer
         self._step_count = 1
         self._warned = False
-        self._token = optimizer._attach_schedules(self._schedules, last_epoch + 1)
+        self._token = optimizer._attach_schedules(self._schedules, step)
 
     @property
     def _fused(self) -> FusedAdam:
@@ -274,10 +285,15 @@ class CyclicLR(LRScheduler):
         own_up, own_down = float(own.step_size_up), float(own.step_size_down or 0)
         if (own_up + own_down, own_up / (own_up + own_down)) == (total, ratio):
             return own_up, own_down
-        up = total * ratio
-        if abs(up - round(up)) <= 1e-9 * total:
-            up = round(up)
-        return up, total - up
+        return recover_step_sizes(total, ratio)
+
+
+def recover_step_sizes(total_size: float, step_ratio: float) -> tuple[float, float]:
+    """The step sizes up and down of which torch's CyclicLR keeps the sum and a rounded ratio."""
+    up = total_size * step_ratio
+    if abs(up - round(up)) <= 1e-9 * total_size:
+        up = round(up)
+    return up, total_size - up
 
 
 def _per_group(name: str, value: Any, num_groups: int) -> list[Any]:

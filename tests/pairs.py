@@ -54,7 +54,8 @@ def iterate(pair: Pair, steps: int, seed: int = 1) -> Iterator[tuple[list[float]
             param.grad = torch.randn(param.shape, generator=generator)
         pair.optimizer.step()
         groups = pair.optimizer.param_groups
-        yield [group["lr"] for group in groups], [group["betas"][0] for group in groups]
+        # A tensor lr is written in place by the next step.
+        yield [float(group["lr"]) for group in groups], [group["betas"][0] for group in groups]
         pair.scheduler.step()
 
 

@@ -1,0 +1,283 @@
+"""From a live torch pair to a fused one and back, in the middle of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import lr_scheduler
+
+from .checkpoint import function_name
+from .hyperparameters import check_schedule_step
+from .optim import FusedAdam, FusedAdamW
+from .scheduler import CyclicLR, recover_step_sizes
+from .schedules import Cyclic, is_triton_function
+
+# Of a learning rate or momentum in a param group against its schedule: torch's formula drifts, a tensor lr is float32.
+DRIFT = 1e-6
+
+HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+# What one CyclicLR says once for all groups, and ours for each.
+COMMON_FIELDS = ("step_size_up", "step_size_down", "mode", "gamma", "scale_fn", "scale_mode", "cycle_momentum")
+
+
+def fuse(
+    optimizer: torch.optim.Optimizer,
+    scheduler: lr_scheduler.LRScheduler,
+    *,
+    horizon: int | None = None,
+    max_grad_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    store_grads: bool = False,
+    advance_on_skip: bool = False,
+    history_size: int = 256,
+) -> tuple[FusedAdam, CyclicLR]:
+    """The fused pair that goes on where a pair of torch's is: param groups, state, hooks and schedule are carried over.
+
+    The parameters are the same objects and the moments the same tensors, so nothing is copied: stop using torch's pair.
+
+    Args:
+        optimizer: A `torch.optim.Adam` or `torch.optim.AdamW`. Not changed.
+        scheduler: Its `torch.optim.lr_scheduler.CyclicLR`. Not changed.
+        horizon: See `fused_clr.schedules.Cyclic`.
+        max_grad_norm: See `FusedAdam`; so are the arguments below.
+        skip_nonfinite: See `FusedAdam`.
+        store_grads: See `FusedAdam`.
+        advance_on_skip: See `FusedAdam`. Torch's pair advances, where the loop calls ``scheduler.step()``.
+        history_size: See `FusedAdam`.
+
+    Returns:
+        A `FusedAdam`, or `FusedAdamW` for an AdamW, and its `CyclicLR`.
+
+    Raises:
+        TypeError: ``optimizer`` or ``scheduler`` is of another class.
+        ValueError: Something cannot be carried over; the message names it.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.Adam([weight])
+        >>> scheduler = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.1, 0.5, step_size_up=4, cycle_momentum=False)
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step(); scheduler.step()
+        >>> optimizer, scheduler = fuse(optimizer, scheduler)
+        >>> scheduler.last_epoch, scheduler.get_last_lr(), float(optimizer.state[weight]["step"])
+        (1, [0.2], 1.0)
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        raise TypeError(f"optimizer must be a torch.optim.Adam or AdamW, got {_class_name(optimizer)}")
+    if type(scheduler) is not lr_scheduler.CyclicLR:
+        raise TypeError(f"scheduler must be a torch.optim.lr_scheduler.CyclicLR, got {_class_name(scheduler)}")
+    if scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler must be the optimizer's, and is another one's")
+    own_step = vars(optimizer).get("step")
+    if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
+        raise ValueError(f"optimizer.step was replaced by {function_name(own_step)!r}, which cannot be carried over")
+
+    step = check_schedule_step("scheduler.last_epoch", scheduler.last_epoch)
+    schedules = _read_schedules(scheduler, horizon)
+    _check_in_place(optimizer, schedules, step)
+    defaults = dict(optimizer.defaults)
+    kind: type[FusedAdam] = FusedAdam
+    if isinstance(optimizer, torch.optim.AdamW):
+        kind = FusedAdamW
+        defaults.pop("decoupled_weight_decay")
+    groups = [dict(group) for group in optimizer.param_groups]
+    for group, schedule in zip(groups, schedules, strict=True):
+        if schedule.cycle_momentum:
+            # What stands there is the scheduler's doing.
+            group["betas"] = schedule.max_momentum, group["betas"][1]
+    fused = kind(
+        groups,
+        **defaults,
+        max_grad_norm=max_grad_norm,
+        skip_nonfinite=skip_nonfinite,
+        store_grads=store_grads,
+        advance_on_skip=advance_on_skip,
+        history_size=history_size,
+    )
+    for param, entry in optimizer.state.items():
+        fused.state[param] = dict(entry)
+    _carry_hooks(optimizer, fused)
+    fused_scheduler = CyclicLR._of_schedules(fused, schedules, step)
+    fused_scheduler._step_count = scheduler._step_count
+    # What no backend takes is an error here, and not at the next step.
+    fused._engines.ready()
+    return fused, fused_scheduler
+
+
+def unfuse(
+    optimizer: FusedAdam, scheduler: CyclicLR | None = None, *, drop: Collection[str] = ()
+) -> tuple[torch.optim.Adam, lr_scheduler.CyclicLR]:
+    """The reverse of `fuse`: a pair of torch's that goes on where a fused pair is. Waits for the device.
+
+    The parameters are the same objects and the moments the same tensors: stop using the fused pair, and do not replay
+    graphs captured from it. Torch's pair neither counts steps nor keeps a history, and its schedule advances on a step
+    that `torch.amp.GradScaler` skips.
+
+    Args:
+        optimizer: A `FusedAdam` or `FusedAdamW`. Not changed.
+        scheduler: Its `CyclicLR`; None where the schedules are the groups' own.
+        drop: "max_grad_norm": leave the clipping behind, which torch's step does not do.
+
+    Returns:
+        A `torch.optim.Adam`, or AdamW for a `FusedAdamW`, and its CyclicLR.
+
+    Raises:
+        TypeError: ``optimizer`` or ``scheduler`` is of another class.
+        ValueError: Something cannot be carried over; the message names it.
+
+    Example:
+        >>> optimizer = FusedAdam([torch.nn.Parameter(torch.ones(2))], schedule=Cyclic(0.1, 0.5, 4))
+        >>> optimizer.step()
+        >>> optimizer, scheduler = unfuse(optimizer)
+        >>> type(optimizer).__name__, scheduler.last_epoch, optimizer.param_groups[0]["lr"]
+        ('Adam', 1, 0.2)
+    """
+    if not isinstance(optimizer, FusedAdam):
+        raise TypeError(f"optimizer must be a FusedAdam or FusedAdamW, got {_class_name(optimizer)}")
+    if scheduler is not None and not isinstance(scheduler, CyclicLR):
+        raise TypeError(f"scheduler must be a fused_clr.CyclicLR or None, got {_class_name(scheduler)}")
+    if scheduler is not None and scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler must be the optimizer's, and is another one's")
+    if isinstance(drop, str) or not set(drop) <= {"max_grad_norm"}:
+        raise ValueError(f"drop may hold 'max_grad_norm', got {drop!r}")
+    if optimizer.max_grad_norm is not None and "max_grad_norm" not in drop:
+        raise ValueError(
+            f"max_grad_norm={optimizer.max_grad_norm} cannot be carried over: torch's step does not clip. Call "
+            "torch.nn.utils.clip_grad_norm_ in the loop, and give drop=['max_grad_norm']"
+        )
+    step = optimizer.schedule_step - optimizer._awaits_scheduler if scheduler is None else scheduler.last_epoch
+    cyclic_arguments = _torch_cyclic(optimizer, step)
+
+    groups = []
+    for group in optimizer.param_groups:
+        values = {key: value for key, value in group.items() if key != "schedule"}
+        stored_lr = group.stored("lr")
+        if isinstance(stored_lr, Tensor):
+            values["lr"] = stored_lr
+        groups.append(values | {"params": list(values["params"])})
+    defaults = {key: value for key, value in optimizer.defaults.items() if key != "schedule"}
+    kind: type[torch.optim.Adam] = torch.optim.Adam
+    if isinstance(optimizer, FusedAdamW):
+        kind = torch.optim.AdamW
+        defaults.pop("decoupled_weight_decay")
+    plain = kind(groups, **defaults)
+    for group in optimizer.param_groups:
+        steps_on_device = bool(group.stored("fused") or group.stored("capturable"))
+        for param in group.stored("params"):
+            entry = optimizer.state.get(param)
+            if entry:
+                count = entry["step"].detach().clone()
+                plain.state[param] = {**entry, "step": count if steps_on_device else count.cpu()}
+    _carry_hooks(optimizer, plain)
+    # Torch's constructor takes a first step of its own.
+    plain_scheduler = lr_scheduler.CyclicLR(plain, **cyclic_arguments, last_epoch=step - 1)
+    if scheduler is not None:
+        plain_scheduler._step_count = scheduler._step_count
+    return plain, plain_scheduler
+
+
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _carry_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+    """Shares the dicts of hooks, so that a handle to remove one works after the conversion too."""
+    for name in HOOKS:
+        setattr(target, name, getattr(source, name))
+
+
+def _read_schedules(scheduler: lr_scheduler.CyclicLR, horizon: int | None) -> list[Cyclic]:
+    """What a CyclicLR of torch's does, as one schedule per group."""
+    num_groups = len(scheduler.optimizer.param_groups)
+    if len(scheduler.base_lrs) != num_groups:
+        raise ValueError(
+            f"scheduler drives {len(scheduler.base_lrs)} param groups, and the optimizer has {num_groups}: one added "
+            "after the scheduler was made cannot be carried over"
+        )
+    if scheduler.cycle_momentum and not scheduler.use_beta1:
+        raise ValueError("scheduler cycles 'momentum', which Adam has not")
+    up, down = recover_step_sizes(scheduler.total_size, scheduler.step_ratio)
+    schedules = []
+    for index in range(num_groups):
+        momenta = {}
+        if scheduler.cycle_momentum:
+            momenta = {
+                "base_momentum": scheduler.base_momentums[index],
+                "max_momentum": scheduler.max_momentums[index],
+            }
+        schedules.append(
+            Cyclic(
+                float(scheduler.base_lrs[index]),
+                float(scheduler.max_lrs[index]),
+                up,
+                down,
+                scheduler.mode,
+                scheduler.gamma,
+                scheduler._scale_fn_custom,
+                scheduler.scale_mode,
+                scheduler.cycle_momentum,
+                **momenta,
+                horizon=horizon,
+            )
+        )
+    return schedules
+
+
+def _check_in_place(optimizer: torch.optim.Optimizer, schedules: list[Cyclic], step: int) -> None:
+    """Checks that the groups say what their schedules do: whoever else writes them would be forgotten."""
+    for index, (group, schedule) in enumerate(zip(optimizer.param_groups, schedules, strict=True)):
+        lr, momentum = schedule.lr_and_momentum(step)
+        found = {"lr": (float(group["lr"]), lr)}
+        if schedule.cycle_momentum:
+            found["betas"] = float(group["betas"][0]), momentum
+        for key, (present, scheduled) in found.items():
+            scale = max(schedule.base_lr, schedule.max_lr) if key == "lr" else 1.0
+            if not math.isclose(present, scheduled, rel_tol=DRIFT, abs_tol=DRIFT * scale):
+                raise ValueError(
+                    f"param_groups[{index}][{key!r}] is {present}, and the scheduler says {scheduled} at step {step}: "
+                    "what else wrote it cannot be carried over"
+                )
+
+
+def _torch_cyclic(optimizer: FusedAdam, step: int) -> dict[str, Any]:
+    """The arguments of torch's CyclicLR that say what the groups' schedules do."""
+    schedules = []
+    for index, group in enumerate(optimizer.param_groups):
+        if group.schedule is None:
+            raise ValueError(
+                f"param_groups[{index}] has no schedule, and torch's CyclicLR drives all groups: it cannot be carried "
+                "over"
+            )
+        schedules.append(group.schedule)
+    first = schedules[0]
+    for index, schedule in enumerate(schedules):
+        for field in COMMON_FIELDS:
+            if getattr(schedule, field) != getattr(first, field):
+                raise ValueError(
+                    f"param_groups[{index}] has {field}={getattr(schedule, field)!r} and param_groups[0] "
+                    f"{getattr(first, field)!r}: torch's CyclicLR has one for all groups"
+                )
+    arguments = {field: getattr(first, field) for field in COMMON_FIELDS}
+    if first.scale_fn is not None and is_triton_function(first.scale_fn):
+        try:
+            first.lr(step)
+        except Exception as error:
+            raise ValueError(
+                f"scale_fn {function_name(first.scale_fn)!r} calls functions of Triton, which the host cannot: it "
+                "cannot be carried over"
+            ) from error
+        arguments["scale_fn"] = first._host_scale_fn
+    for field in ("base_lr", "max_lr", "base_momentum", "max_momentum"):
+        arguments[field] = [getattr(schedule, field) for schedule in schedules]
+    return arguments

@@ -279,3 +279,17 @@ def test_running_past_a_table_is_an_error_in_eager_mode(triton_backend: None) ->
     assert torch.equal(param, before)
     with pytest.raises(ValueError, match="horizon must be given"):
         FusedAdam([param], schedule=Cyclic(0.1, 0.2, scale_fn=by_iteration, scale_mode="iterations")).step()
+
+
+def test_a_tensor_lr_under_a_schedule_is_without_effect(backend: str) -> None:
+    runs = []
+    for lr in (1e-3, torch.tensor(0.123)):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = FusedAdam([param], lr=lr)
+        scheduler = CyclicLR(optimizer, 0.1, 0.5, 4)
+        for _ in range(6):
+            param.grad = torch.ones(3)
+            optimizer.step()
+            scheduler.step()
+        runs.append((scheduler.get_last_lr(), param.tolist()))
+    assert runs[0] == runs[1]

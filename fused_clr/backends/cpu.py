@@ -98,7 +98,7 @@ class CpuEngine(Engine[CpuPlan]):
 
     def _sort_schedules(self) -> None:
         """Finds the groups whose schedules differ in their bounds alone: their triangle is evaluated once."""
-        self._has_tensor_lr = any(isinstance(h.lr, Tensor) for h in self.hyperparameters)
+        self._has_tensor_lr = any(h.schedule is None and isinstance(h.lr, Tensor) for h in self.hyperparameters)
         waves: dict[Any, tuple[Cyclic, list[Bounds]]] = {}
         self._constants = []
         for index, h in enumerate(self.hyperparameters):

@@ -120,7 +120,10 @@ class DeviceEngine(Engine[DevicePlan]):
         self._scale_table = upload(table.scale_table, self.device)
         settings = np.array([table.kinds, table.max_unit_shift, self._scale_table.data_ptr()], np.int64)
         upload(settings, self.device, out=self.memory.settings)
-        self._tensor_lrs = [(i, h.lr) for i, h in enumerate(hyperparameters) if isinstance(h.lr, Tensor)]
+        # A scheduled group's lr is without effect.
+        self._tensor_lrs = [
+            (i, h.lr) for i, h in enumerate(hyperparameters) if h.schedule is None and isinstance(h.lr, Tensor)
+        ]
         self._prime()
 
     def _new_generation(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from .hyperparameters import (
 )
 from .param_group import ParamGroup
 from .schedules import Cyclic
+from .sharding import local_tensor
 from .telemetry import History
 from .watched import OptimizerState
 
@@ -47,6 +49,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def state(self) -> OptimizerState:
         """Parameter -> its state tensors, ``step``, ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``."""
+        if not self._state and _asked_by_distributed_checkpoint():
+            self._create_state()
         return self._state
 
     @state.setter
@@ -55,6 +59,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         for key, entry in value.items():
             self._state[key] = entry
         self._engines.restructure()
+
+    def _create_state(self) -> None:
+        """State as before a first step, of all parameters that may get a gradient."""
+        for engine in self._engines.ready():
+            for index, record in enumerate(engine.records):
+                if record.param.requires_grad:
+                    engine.prepare_state(index)
 
     def _on_state_change(self, _key: Any) -> None:
         self._engines.state_changed = True
@@ -99,7 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in list(plain):
             plain[name] = check_hyperparameter(name, plain[name])
         for position, param in enumerate(plain["params"]):
-            check_parameter(f"param_groups[{index}]['params'][{position}]", param)
+            check_parameter(f"param_groups[{index}]['params'][{position}]", local_tensor(param))
         if len({id(param) for param in plain["params"]}) != len(plain["params"]):
             raise ValueError(f"param_groups[{index}]['params'] must not hold a parameter twice")
         schedule = plain.pop("schedule")
@@ -285,3 +296,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self.captured_steps:
             for engine in self._engines.ready():
                 engine.tick()
+
+
+def _asked_by_distributed_checkpoint() -> bool:
+    """Whether `torch.distributed.checkpoint` asks for state in order to load into it.
+
+    Where there is none, it writes ``lr`` = 0 and takes a step; a schedule refuses the one and would tick in the other.
+    """
+    frame = sys._getframe(2)
+    # A wrapper of the optimizer may stand between.
+    for _ in range(2):
+        code_name, module = frame.f_code.co_name, frame.f_globals.get("__name__")
+        if (code_name, module) == ("_init_optim_state", "torch.distributed.checkpoint.state_dict"):
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False

@@ -13,12 +13,11 @@ from torch import Tensor
 from .backends.engine import moment_names
 from .hyperparameters import check_hyperparameter, check_schedule_step
 from .schedules import Cyclic
+from .sharding import is_dtensor, sharded_like
 
 if TYPE_CHECKING:
     from .optim import FusedAdam
 
-# Keys of a saved group that are not hyperparameters of its torch twin.
-OWN_KEYS = ("schedule", "schedule_step")
 # What every version of torch's Adam saves of a group.
 REQUIRED_KEYS = {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}
 
@@ -36,25 +35,29 @@ def warn_unsaved(function: Any) -> None:
     )
 
 
-def encode_schedule(schedule: Cyclic) -> dict[str, Any]:
-    """A schedule as plain values, which ``torch.load(weights_only=True)`` takes; a ``scale_fn`` leaves its name."""
-    encoded = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
+def encode_schedule(schedule: Cyclic, step: int) -> dict[str, Any]:
+    """A schedule and its step as plain values, which ``torch.load(weights_only=True)`` takes.
+
+    A ``scale_fn`` leaves its name.
+    """
+    encoded = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)} | {"step": step}
     if schedule.scale_fn is not None:
         warn_unsaved(schedule.scale_fn)
         encoded["scale_fn"] = function_name(schedule.scale_fn)
     return encoded
 
 
-def decode_schedule(encoded: Any, present: Cyclic | None, name: str) -> Cyclic:
-    """The schedule that `encode_schedule` encoded, with the ``scale_fn`` of the one that is present.
+def decode_schedule(encoded: Any, present: Cyclic | None, name: str) -> tuple[Cyclic, int]:
+    """The schedule and step that `encode_schedule` encoded, with the ``scale_fn`` of the one that is present.
 
     Raises:
         ValueError: It is none, or its ``scale_fn`` is missing.
     """
-    known = {field.name for field in dataclasses.fields(Cyclic)}
+    known = {field.name for field in dataclasses.fields(Cyclic)} | {"step"}
     if not isinstance(encoded, Mapping) or set(encoded) != known:
         raise ValueError(f"{name}['schedule'] is not a saved schedule, got {encoded!r}")
     values = dict(encoded)
+    step = check_schedule_step(f"{name}['schedule']['step']", values.pop("step"))
     if values["scale_fn"] is not None:
         if present is None or present.scale_fn is None:
             raise ValueError(
@@ -62,7 +65,7 @@ def decode_schedule(encoded: Any, present: Cyclic | None, name: str) -> Cyclic:
                 "hold: give the group a schedule with that scale_fn before loading"
             )
         values["scale_fn"] = present.scale_fn
-    return Cyclic(**values)
+    return Cyclic(**values), step
 
 
 def optimizer_state_dict(optimizer: FusedAdam) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def optimizer_state_dict(optimizer: FusedAdam) -> dict[str, Any]:
 
     Returns:
         torch's dict. ``step`` is a copy, on the CPU unless the group says ``fused`` or ``capturable``, as in torch;
-        the moments are the live tensors. A scheduled group also holds ``schedule`` and ``schedule_step``.
+        the moments are the live tensors. A group also holds ``schedule``: plain values and the ``step``, or None.
     """
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
@@ -82,10 +85,9 @@ def optimizer_state_dict(optimizer: FusedAdam) -> dict[str, Any]:
     on_device = {}
     groups = []
     for group in optimizer.param_groups:
-        packed = {key: value for key, value in group.items() if key not in ("params", "schedule")}
+        packed = {key: value for key, value in group.items() if key != "params"}
         if group.schedule is not None:
-            packed["schedule"] = encode_schedule(group.schedule)
-            packed["schedule_step"] = schedule_step
+            packed["schedule"] = encode_schedule(group.schedule, schedule_step)
         for param in group.stored("params"):
             ids[id(param)] = len(ids)
             on_device[id(param)] = bool(group.stored("fused") or group.stored("capturable"))
@@ -128,14 +130,15 @@ def load_optimizer_state_dict(optimizer: FusedAdam, state_dict: Any) -> None:
             # The saved beta1 is the schedule's doing; the group's own stays for when the schedule is taken away.
             saved = {**saved, "betas": (group.stored("betas")[0], saved["betas"][1])}
         for key, value in saved.items():
-            if key != "params" and key not in OWN_KEYS and not (key == "decoupled_weight_decay" and group.stored(key)):
+            own = key in ("params", "schedule") or (key == "decoupled_weight_decay" and group.stored(key))
+            if not own:
                 group.store(key, value)
         if schedule is not None:
-            group.store("schedule", schedule)
+            group.store("schedule", schedule[0])
     optimizer._engines.hyperparameters_changed = True
     for engine in optimizer._engines.ready():
         steps = engine.get_update_steps()
-        for index, param in enumerate(engine.params):
+        for index, param in enumerate(record.param for record in engine.records):
             entry = entries.get(param)
             if entry is None and not optimizer.state.get(param):
                 continue
@@ -145,21 +148,21 @@ def load_optimizer_state_dict(optimizer: FusedAdam, state_dict: Any) -> None:
             for key in moment_names(amsgrad="max_exp_avg_sq" in state):
                 # In place: a captured graph may read these tensors.
                 if entry is not None and key in entry:
-                    state[key].copy_(entry[key])
+                    state[key].copy_(sharded_like(entry[key], param))
                 else:
                     state[key].zero_()
         engine.set_update_steps(steps)
         engine.drop_plans()
-    saved_steps = [saved["schedule_step"] for saved in groups if "schedule_step" in saved]
-    if saved_steps:
-        optimizer.set_schedule_step(saved_steps[0])
+    steps = [schedule[1] for schedule in schedules if schedule is not None]
+    if steps:
+        optimizer.set_schedule_step(steps[0])
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
 
 def _checked_state_dict(
     optimizer: FusedAdam, loaded: Any
-) -> tuple[list[dict[str, Any]], dict[Tensor, Any], list[Cyclic | None]]:
+) -> tuple[list[dict[str, Any]], dict[Tensor, Any], list[tuple[Cyclic, int] | None]]:
     """The saved groups, the saved state by parameter, and the saved schedules; or a ValueError."""
     if not isinstance(loaded, Mapping) or not {"state", "param_groups"} <= set(loaded):
         raise ValueError("state_dict must be a dict with 'state' and 'param_groups'")
@@ -170,7 +173,7 @@ def _checked_state_dict(
         raise ValueError(f"state_dict has {len(groups)} param groups, the optimizer {len(own_groups)}")
 
     checked: list[dict[str, Any]] = []
-    schedules: list[Cyclic | None] = []
+    schedules: list[tuple[Cyclic, int] | None] = []
     by_param: dict[Tensor, Any] = {}
     for index, (own, saved) in enumerate(zip(own_groups, groups, strict=True)):
         name = f"state_dict['param_groups'][{index}]"
@@ -178,11 +181,9 @@ def _checked_state_dict(
             raise ValueError(f"{name} must be a dict with a list 'params'")
         if not set(saved) >= REQUIRED_KEYS:
             raise ValueError(f"{name} has no {sorted(REQUIRED_KEYS - set(saved))}")
-        if "schedule_step" in saved:
-            check_schedule_step(f"{name}['schedule_step']", saved["schedule_step"])
         if len(saved["params"]) != len(own.stored("params")):
             raise ValueError(f"{name} has {len(saved['params'])} parameters, the optimizer {len(own.stored('params'))}")
-        checked.append({k: v if k in OWN_KEYS else check_hyperparameter(k, v) for k, v in saved.items()})
+        checked.append({k: v if k == "schedule" else check_hyperparameter(k, v) for k, v in saved.items()})
         encoded = saved.get("schedule")
         schedules.append(None if encoded is None else decode_schedule(encoded, own.schedule, name))
         for key, param in zip(saved["params"], own.stored("params"), strict=True):
@@ -210,3 +211,5 @@ def _check_entry(name: str, entry: Any, param: Tensor) -> None:
             raise ValueError(
                 f"{name}[{key!r}] must be a tensor of the parameter's shape {tuple(param.shape)}, got {shape}"
             )
+        if is_dtensor(value) and not is_dtensor(param):
+            raise ValueError(f"{name}[{key!r}] is a DTensor and the parameter is none: give its full_tensor()")

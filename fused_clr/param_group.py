@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from typing import Any
 
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from .hyperparameters import DEFAULT_BETAS, check_hyperparameter
@@ -95,8 +96,13 @@ class ParamGroup(WatchedDict):
 
     def __setitem__(self, key: str, value: Any) -> None:
         value = check_hyperparameter(key, value)
+        if key in self and _is_same(value, self.stored(key)) and key not in self.scheduled_keys:
+            # Wrappers of optimizers write all keys back at every step.
+            return
         if key == "schedule":
             self.set_schedule(value)
+            return
+        if key == "lr" and key in self.scheduled_keys and float(value) == self["lr"] and not _by_scheduler():
             return
         if key in self.scheduled_keys and (key == "lr" or float(value[0]) != self["betas"][0]):
             what, setter = ("['lr']", "lr") if key == "lr" else ("['betas'][0]", "beta1")
@@ -125,6 +131,13 @@ class ParamGroup(WatchedDict):
 
     def __repr__(self) -> str:
         return repr(self.copy())
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether writing ``value`` over ``other`` changes nothing; False also where that takes asking a tensor."""
+    if value is other:
+        return not isinstance(value, (Tensor, list))
+    return type(value) is type(other) and isinstance(value, (int, float)) and value == other
 
 
 def _by_scheduler() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +77,7 @@ def plan_launches(
     grads: Sequence[Tensor | None],
     amsgrad: Sequence[bool],
     block_size: int,
-    with_norm: bool = False,
+    measured: Collection[int] | None = None,
 ) -> LaunchPlan:
     """Sorts the tensors that have gradients into launches and cuts them into chunks.
 
@@ -86,7 +86,7 @@ def plan_launches(
         grads: Their gradients; None: the parameter is not updated.
         amsgrad: Whether each keeps the largest second moment.
         block_size: Elements of a chunk of 32-bit or smaller parameters (see `block_size_of`), and of all norm chunks.
-        with_norm: Plan the norm launch too.
+        measured: Plan a norm launch over the gradients of these tensors; None: none.
 
     Returns:
         The plan. It holds no tensor and no address.
@@ -111,9 +111,10 @@ def plan_launches(
         launches = [ChunkRange(DtypeCombination(torch.float32, torch.float32, False), 0, 0, block_size)]
         tables = [np.zeros(1, np.int64)]
     norm = None
-    if with_norm:
-        measured = [index for indices in combinations.values() for index in indices]
-        words = chunk_words(measured, [real_numel(params[index]) for index in measured], block_size)
+    if measured is not None:
+        wanted = set(measured)
+        in_norm = [index for indices in combinations.values() for index in indices if index in wanted]
+        words = chunk_words(in_norm, [real_numel(params[index]) for index in in_norm], block_size)
         norm = NormChunks(
             sum(map(len, tables)),
             len(words),

@@ -1,7 +1,8 @@
 """Triton runs in its interpreter for the whole test process, so that the real kernels run on the CPU."""
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 # Before triton is imported. The tests marked `gpu` run in a process of their own (bench/on_gpu.sh).
 if os.environ.get("FUSED_CLR_TEST_GPU") != "1":
@@ -9,6 +10,9 @@ if os.environ.get("FUSED_CLR_TEST_GPU") != "1":
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 
 @pytest.fixture(params=["cpu", "triton"])
@@ -22,6 +26,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The triton backend, in the interpreter."""
     monkeypatch.setenv("FUSED_CLR_BACKEND", "triton")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator["Ranks"]:
+    """Two processes of a torch.distributed group."""
+    from .ranks import Ranks
+
+    started = Ranks()
+    yield started
+    started.close()
 
 
 @pytest.fixture(autouse=True, scope="session")

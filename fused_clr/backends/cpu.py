@@ -133,7 +133,7 @@ class CpuEngine(Engine[CpuPlan]):
             record, grad = self.records[index], grads[index]
             assert grad is not None
             if grad.numel():
-                param = record.param
+                param = self.params[index]
                 converts = grad.dtype != param.dtype or not same_layout(grad, param) or grad.is_conj() or grad.is_neg()
                 batches.setdefault((record.group_index, param.dtype, converts), []).append(index)
         return CpuPlan(
@@ -147,7 +147,7 @@ class CpuEngine(Engine[CpuPlan]):
         as_real = torch.view_as_real if is_complex else _same
 
         def moments(key: str) -> list[Tensor]:
-            return [as_real(self.state[param][key]) for param in params]
+            return [as_real(self.moment(index, key)) for index in indices]
 
         return Batch(
             group_index,
@@ -163,19 +163,20 @@ class CpuEngine(Engine[CpuPlan]):
 
     def prepare(self) -> EngineCapture | None:
         """See `Engine.prepare`."""
-        if self.params and self.params[0].device != self.device:
+        if self.records and self.records[0].param.device != self.device:
             raise DevicesChangedError
         if recorders:
             raise RuntimeError("record_launches() records kernels, and the cpu backend launches none")
         if self._has_tensor_lr:
             self._evaluate()
-        self._grads = [param.grad for param in self.params]
+        self._grads = self.read_grads()
         self.plan_for(self._grads)
         return None
 
     def measure(self, grad_scale: Tensor | None, skip_nonfinite: bool) -> None:
         """See `Engine.measure`."""
-        norm = float(torch.nn.utils.get_total_norm([grad for grad in self._grads if grad is not None]))
+        grads = self._grads if len(self.measured) == len(self._grads) else [self._grads[i] for i in self.measured]
+        norm = float(torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None]))
         if grad_scale is not None:
             norm /= float(grad_scale)
         self._set_norm(norm, skip_nonfinite)
@@ -276,8 +277,8 @@ class CpuEngine(Engine[CpuPlan]):
         """See `Engine.set_update_steps`."""
         self.step_mirror.copy_(torch.tensor(list(steps), dtype=torch.float32))
 
-    def get_sum_of_squares(self) -> Tensor:
-        """See `Engine.get_sum_of_squares`."""
+    def get_measured_sum(self) -> Tensor:
+        """See `Engine.get_measured_sum`."""
         return self.grad_norm.square()
 
     def set_sum_of_squares(self, total: Tensor, skip_nonfinite: bool) -> None:

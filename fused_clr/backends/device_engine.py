@@ -66,7 +66,7 @@ class DeviceEngine(Engine[DevicePlan]):
         self._idle_rows = np.zeros((max(num_tensors, 1), layout.TENSOR_COLUMNS.value), np.int64)
         for index, record in enumerate(self.records):
             self._idle_rows[index, layout.GROUP.value] = record.group_index
-            self._idle_rows[index, layout.NUMEL.value] = real_numel(record.param)
+            self._idle_rows[index, layout.NUMEL.value] = real_numel(self.params[index])
         self._idle_table = upload(self._idle_rows, self.device)
         self._mirror_version = self.step_mirror._version
         # Scale functions are compiled into kernels; a captured launch of another generation does nothing.
@@ -254,8 +254,8 @@ class DeviceEngine(Engine[DevicePlan]):
             self._mirror_version = self.step_mirror._version
             self._prime()
 
-    def get_sum_of_squares(self) -> Tensor:
-        """See `Engine.get_sum_of_squares`."""
+    def get_measured_sum(self) -> Tensor:
+        """See `Engine.get_measured_sum`."""
         words: Tensor = self.memory.norm
         return words[layout.SUM_OF_SQUARES.value]
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..hyperparameters import Hyperparameters, StepOptions, check_gradient, same_layout
+from ..sharding import is_dtensor, local_gradient, local_tensor, norm_shares, placement_of, sum_over
 from ..telemetry import History, Status
 from ..watched import OptimizerState
 from .capture import EngineCapture
 from .layout_guard import LayoutGuard
 
 Plan = TypeVar("Plan")
+
+read_grad = attrgetter("grad")
 
 # Sets of gradients whose plans are kept; a training loop has one or a few.
 MAX_PLANS = 32
@@ -30,7 +34,7 @@ class TensorRecord(NamedTuple):
 
 
 class DevicesChangedError(Exception):
-    """A parameter has left this engine's device; the optimizer must sort its parameters anew."""
+    """A parameter has left this engine's device, or is sharded anew; the optimizer must sort its parameters anew."""
 
 
 def moment_names(amsgrad: bool) -> tuple[str, ...]:
@@ -71,7 +75,10 @@ class Engine(ABC, Generic[Plan]):
     ) -> None:
         self.device = device
         self.records = list(records)
-        self.params = [record.param for record in records]
+        # What a step writes: of a sharded parameter, the shard in this process.
+        self.params = [local_tensor(record.param) for record in records]
+        self.is_sharded = any(is_dtensor(record.param) for record in records)
+        self._norm_shares = norm_shares([record.param for record in records])
         self.state = state
         # The clock as far as the host knows it: replays and skips happen behind its back.
         self.host_step = schedule_step
@@ -79,11 +86,11 @@ class Engine(ABC, Generic[Plan]):
         self.options = options
         # Updates per tensor as users see them, ``state[p]["step"]``, each a 0-dim view.
         self.step_mirror = torch.tensor(list(update_steps), dtype=torch.float32, device=device)
-        for view, param in zip(self.step_mirror, self.params, strict=True):
-            if state.get(param):
-                dict.__setitem__(state[param], "step", view)
+        for view, record in zip(self.step_mirror, self.records, strict=True):
+            if state.get(record.param):
+                dict.__setitem__(state[record.param], "step", view)
         # Where a parameter's grad_dtype is None, its gradient's dtype does not tell its own.
-        self._grad_dtypes_vary = any(getattr(param, "grad_dtype", param.dtype) is None for param in self.params)
+        self._grad_dtypes_vary = any(getattr(r.param, "grad_dtype", r.param.dtype) is None for r in self.records)
         self._has_complex = any(param.is_complex() for param in self.params)
         self.drop_plans()
 
@@ -102,7 +109,7 @@ class Engine(ABC, Generic[Plan]):
 
     @abstractmethod
     def measure(self, grad_scale: Tensor | None, skip_nonfinite: bool) -> None:
-        """Computes the norm of the gradients that `prepare` found, and their clip coefficient.
+        """Computes the norm of the gradients that `prepare` found and `measured` names, and their clip coefficient.
 
         Args:
             grad_scale: The loss scale.
@@ -114,7 +121,7 @@ class Engine(ABC, Generic[Plan]):
         """Updates what `prepare` found, and ticks; neither where ``found_inf`` or an overflow says so."""
 
     @abstractmethod
-    def get_sum_of_squares(self) -> Tensor:
+    def get_measured_sum(self) -> Tensor:
         """float64[], the square of the norm that `measure` found."""
 
     @abstractmethod
@@ -188,6 +195,42 @@ class Engine(ABC, Generic[Plan]):
         """Makes launches that were captured from this engine do nothing, since another engine takes its place."""
 
     # What they share.
+    def read_grads(self) -> list[Tensor | None]:
+        """The gradients, one entry per parameter: of a sharded one, what lies in this process."""
+        if not self.is_sharded:
+            return list(map(read_grad, self.params))
+        params = [local_tensor(record.param) for record in self.records]
+        if any(now is not then for now, then in zip(params, self.params, strict=True)):
+            if any(now.shape != then.shape for now, then in zip(params, self.params, strict=True)):
+                raise DevicesChangedError
+            self.params = params
+            self.drop_plans()
+        grads = [record.param.grad for record in self.records]
+        return [g if g is None else local_gradient(r.param, g) for r, g in zip(self.records, grads, strict=True)]
+
+    def moment(self, index: int, key: str) -> Tensor:
+        """A parameter's state tensor, in this process."""
+        return local_tensor(self.state[self.records[index].param][key])
+
+    @property
+    def measured(self) -> list[int]:
+        """Which gradients `measure` takes: the first of those that lie in the same processes."""
+        return self._norm_shares[0].indices if self._norm_shares else []
+
+    def sum_of_squares(self, grad_scale: Tensor | None) -> Tensor:
+        """float64[], over all gradients and all processes that hold shards of them. After `measure`."""
+        if not self._norm_shares:
+            return self.get_measured_sum()
+        total = sum_over(self._norm_shares[0].process_groups, self.get_measured_sum())
+        grads = self.read_grads() if len(self._norm_shares) > 1 else []
+        for share in self._norm_shares[1:]:
+            present = [grad for grad in (grads[index] for index in share.indices) if grad is not None]
+            norm = torch.nn.utils.get_total_norm(present).to(self.device, torch.float64)
+            if grad_scale is not None:
+                norm = norm / grad_scale.to(self.device)
+            total = total + sum_over(share.process_groups, norm.square())
+        return total
+
     def drop_plans(self) -> None:
         """Forgets all plans: the state tensors may be others than before."""
         self._plans: dict[Any, tuple[Plan, LayoutGuard]] = {}
@@ -245,11 +288,12 @@ class Engine(ABC, Generic[Plan]):
     def _new_plan(self, grads: Sequence[Tensor | None]) -> Plan:
         if any(param.device != self.device for param in self.params):
             raise DevicesChangedError
-        active = [(record, grad) for record, grad in zip(self.records, grads, strict=True) if grad is not None]
-        for record, grad in active:
-            check_gradient(record.name, record.param, grad)
-            self.check_state(record)
-        self.refuse_new_plan([record.name for record, _ in active if self._lacks_state(record)])
+        active = [record for record, grad in zip(self.records, grads, strict=True) if grad is not None]
+        for record, param, grad in zip(self.records, self.params, grads, strict=True):
+            if grad is not None:
+                check_gradient(record.name, param, grad)
+                self.check_state(record)
+        self.refuse_new_plan([record.name for record in active if self._lacks_state(record)])
         replaced = [self.prepare_state(index) for index, grad in enumerate(grads) if grad is not None]
         if any(replaced):
             # Other plans hold the moments that were replaced.
@@ -274,6 +318,11 @@ class Engine(ABC, Generic[Plan]):
                     f"state[{key!r}] of {record.name} must be a tensor of shape {tuple(record.param.shape)}, got "
                     f"{tuple(value.shape) if isinstance(value, Tensor) else repr(value)}"
                 )
+            if value is not None and placement_of(value) != placement_of(record.param):
+                raise ValueError(
+                    f"state[{key!r}] of {record.name} must be sharded as the parameter is, "
+                    f"{placement_of(record.param)}, got {placement_of(value)}"
+                )
 
     def prepare_state(self, index: int) -> bool:
         """Creates the state tensors that a parameter lacks; gives the others its dtype, device and layout.
@@ -291,7 +340,11 @@ class Engine(ABC, Generic[Plan]):
             value = state.get(key)
             if value is None:
                 value = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
-            elif value.dtype != param.dtype or value.device != param.device or not same_layout(value, param):
+            elif (
+                value.dtype != param.dtype
+                or value.device != param.device
+                or not same_layout(local_tensor(value), self.params[index])
+            ):
                 value = torch.empty_like(param, requires_grad=False).copy_(value)
                 replaced = True
             dict.__setitem__(state, key, value)
@@ -300,8 +353,8 @@ class Engine(ABC, Generic[Plan]):
     def adopt_state(self) -> None:
         """Takes over what a user wrote into ``optimizer.state``: steps at once, moments when they are next used."""
         steps = self.get_update_steps()
-        for index, (view, param) in enumerate(zip(self.step_mirror, self.params, strict=True)):
-            state = self.state.get(param)
+        for index, (view, record) in enumerate(zip(self.step_mirror, self.records, strict=True)):
+            state = self.state.get(record.param)
             step = state.get("step") if state else None
             if state is None or step is None:
                 steps[index] = 0

@@ -107,15 +107,15 @@ class EngineSet:
             skip_nonfinite = options.skip_nonfinite or (grad_scale is not None and found_inf is None)
             for engine in engines:
                 engine.measure(grad_scale, skip_nonfinite)
-            if len(engines) > 1:
-                self._share_norm(skip_nonfinite)
+            if len(engines) > 1 or engines[0].is_sharded:
+                self._share_norm(grad_scale, skip_nonfinite)
         for engine in engines:
             engine.launch(grad_scale, found_inf)
 
-    def _share_norm(self, skip_nonfinite: bool) -> None:
-        """Gives every device the norm over all of them: they clip, and skip, together."""
+    def _share_norm(self, grad_scale: Tensor | None, skip_nonfinite: bool) -> None:
+        """Gives every device and process the norm over all of them: they clip, and skip, together."""
         device = self._engines[0].device
-        sums = [engine.get_sum_of_squares().to(device, non_blocking=True) for engine in self._engines]
+        sums = [engine.sum_of_squares(grad_scale).to(device, non_blocking=True) for engine in self._engines]
         total = torch.stack(sums).sum()
         for engine in self._engines:
             engine.set_sum_of_squares(total, skip_nonfinite)
@@ -123,9 +123,9 @@ class EngineSet:
     def update_steps(self) -> dict[Tensor, int]:
         """How many updates each parameter got. Waits for the device."""
         return {
-            param: step
+            record.param: step
             for engine in self.ready()
-            for param, step in zip(engine.params, engine.get_update_steps(), strict=True)
+            for record, step in zip(engine.records, engine.get_update_steps(), strict=True)
         }
 
     def _rebuild(self) -> None:
@@ -136,7 +136,8 @@ class EngineSet:
             for engine in self._engines:
                 if self.state_changed:
                     engine.adopt_state()
-                self._update_steps.update(zip(engine.params, engine.get_update_steps(), strict=True))
+                params = [record.param for record in engine.records]
+                self._update_steps.update(zip(params, engine.get_update_steps(), strict=True))
         groups = self.optimizer.param_groups
         records = records_by_device(self.optimizer)
         hyperparameters = read_hyperparameters(groups)

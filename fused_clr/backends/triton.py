@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..hyperparameters import same_layout
 from ..kernels import layout
 from ..plan import plan_launches, real_dtype
+from ..sharding import local_tensor
 from . import launch as launcher
 from .capture import EngineCapture, Place
 from .device_engine import DeviceEngine
@@ -19,14 +19,18 @@ from .device_plan import DevicePlan, layouts, upload
 from .engine import DevicesChangedError, moment_names
 from .step_launches import DTYPE_CODES, StepLaunches, compile_step
 
-read_grad = attrgetter("grad")
+MOMENT_COLUMNS = {
+    "exp_avg": layout.EXP_AVG.value,
+    "exp_avg_sq": layout.EXP_AVG_SQ.value,
+    "max_exp_avg_sq": layout.MAX_EXP_AVG_SQ.value,
+}
 
 
 class TritonEngine(DeviceEngine):
     """Steps parameters on a CUDA or ROCm device, or on the CPU in Triton's interpreter. Arguments as for `Engine`."""
 
-    # What `prepare` found, for `measure` and `launch`.
-    _ready: tuple[DevicePlan, StepLaunches] | None = None
+    # What `prepare` found, for `measure` and `launch`. Gradients may be temporary: those of partial sums are.
+    _ready: tuple[DevicePlan, StepLaunches, list[Tensor | None]] | None = None
 
     # -- the step -----------------------------------------------------------------------------------------------------
     def refuse_new_plan(self, names: Sequence[str]) -> None:
@@ -38,21 +42,19 @@ class TritonEngine(DeviceEngine):
     def build_plan(self, grads: Sequence[Tensor | None]) -> DevicePlan:
         """Plans launches and allocates their tables. See `Engine.build_plan`."""
         amsgrad = [self.hyperparameters[record.group_index].amsgrad for record in self.records]
-        with_norm = self.options.max_grad_norm is not None
-        plan = plan_launches(self.params, grads, amsgrad, self.config.block_size, with_norm)
+        measured = None if self.options.max_grad_norm is None else self.measured
+        plan = plan_launches(self.params, grads, amsgrad, self.config.block_size, measured)
         rows, buffers = self._idle_rows.copy(), {}
         for index in plan.active:
             param, grad = self.params[index], grads[index]
             assert grad is not None
             if not same_layout(grad, param) or grad.is_conj() or grad.is_neg():
                 buffers[index] = torch.empty_like(param, dtype=grad.dtype, requires_grad=False)
-            state = self.state[param]
             rows[index, layout.ACTIVE.value] = 1
             rows[index, layout.GRAD_DTYPE.value] = DTYPE_CODES[real_dtype(grad.dtype)]
-            rows[index, layout.EXP_AVG.value] = state["exp_avg"].data_ptr()
-            rows[index, layout.EXP_AVG_SQ.value] = state["exp_avg_sq"].data_ptr()
-            if amsgrad[index]:
-                rows[index, layout.MAX_EXP_AVG_SQ.value] = state["max_exp_avg_sq"].data_ptr()
+            for name, column in MOMENT_COLUMNS.items():
+                if name in moment_names(amsgrad[index]):
+                    rows[index, column] = self.moment(index, name).data_ptr()
         return DevicePlan(plan, [self.params[index] for index in plan.active], rows, buffers, self.device)
 
     def prepare(self) -> EngineCapture | None:
@@ -68,7 +70,7 @@ class TritonEngine(DeviceEngine):
         elif self._tensor_lrs:
             # Part of the step, of a captured one too: it reads the tensors as they are then.
             self._prime(recorded=True)
-        grads = list(map(read_grad, self.params))
+        grads = self.read_grads()
         if self._capturing or launcher.recorders:
             return self._prepare_capture(grads)
         self._prepare_eager(grads)
@@ -78,7 +80,7 @@ class TritonEngine(DeviceEngine):
         plan = self.plan_for(grads)
         addresses = self._addresses(plan, grads)
         if addresses != plan.addresses:
-            if any(param.device != self.device for param in plan.params):
+            if any(record.param.device != self.device for record in self.records):
                 raise DevicesChangedError
             if layouts(plan.params) != plan.param_layouts:
                 # The same gradients, and parameters of another dtype or layout.
@@ -92,7 +94,7 @@ class TritonEngine(DeviceEngine):
             plan.launches = self._compile(plan, plan.tensor_table)
             if self.device.type == "cuda":
                 plan.stock_spare_tables()
-        self._ready = plan, plan.launches
+        self._ready = plan, plan.launches, grads
 
     @staticmethod
     def _addresses(plan: DevicePlan, grads: list[Tensor | None]) -> list[int]:
@@ -124,7 +126,8 @@ class TritonEngine(DeviceEngine):
     def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See `Engine.launch`."""
         assert self._ready is not None
-        (plan, launches), self._ready = self._ready, None
+        # Let go of at the end, when all is launched.
+        (plan, launches, _grads), self._ready = self._ready, None
         replaced: dict[str, Any] = {}
         if grad_scale is not None:
             replaced["grad_scale_ptr"] = grad_scale.to(self.device, torch.float32, non_blocking=True)
@@ -135,7 +138,7 @@ class TritonEngine(DeviceEngine):
                 launch.run(**replaced)
         if self.options.store_grads:
             for index, buffer in plan.buffers.items():
-                self.params[index].grad.copy_(buffer)  # type: ignore[union-attr]
+                local_tensor(self.records[index].param.grad).copy_(buffer)  # type: ignore[arg-type]
         # Whether a step that may be skipped was is not known here.
         self.host_step += found_inf is None and self.options.max_grad_norm is None
 
@@ -144,7 +147,7 @@ class TritonEngine(DeviceEngine):
         no_grads: list[Tensor | None] = [None] * len(self.params)
         self._prepare_eager(no_grads)
         assert self._ready is not None
-        (_, launches), self._ready = self._ready, None
+        (_, launches, _), self._ready = self._ready, None
         with self._on_device():
             for launch in launches.updates:
                 launch.run(counts=0)
@@ -178,11 +181,11 @@ class TritonEngine(DeviceEngine):
         else:
             table = upload(plan.rows, self.device)
         launches = self._compile(plan, table)
-        self._ready = plan, launches
+        self._ready = plan, launches, grads
         if self._capturing:
             # The next eager step stocks up on spare tables.
             plan.launches = None
-        state = [dict(self.state[param]) for param in plan.params]
+        state = [dict(self.state[self.records[index].param]) for index in plan.plan.active]
         tensors = [*grads, *plan.params, *plan.buffers.values(), *state]
         return EngineCapture(self, plan.plan.active, (plan, table, launches), tensors)
 
@@ -195,25 +198,26 @@ class TritonEngine(DeviceEngine):
                 f"the captured step copies gradients whose layout is not their parameter's, of {names}, from where "
                 "they were; capture it again"
             )
-        rows = plan.rows.copy()
+        rows, grads, states = plan.rows.copy(), self.read_grads(), []
         for index in capture.active:
-            param = self.params[index]
-            state = self.state[param]
-            rows[index, layout.PARAM.value] = param.data_ptr()
-            rows[index, layout.GRAD.value] = param.grad.data_ptr()  # type: ignore[union-attr]
-            for name, column in zip(moment_names("max_exp_avg_sq" in state), range(2, 5), strict=False):
-                rows[index, column] = state[name].data_ptr()
+            grad, state = grads[index], self.state[self.records[index].param]
+            assert grad is not None
+            rows[index, layout.PARAM.value] = self.params[index].data_ptr()
+            rows[index, layout.GRAD.value] = grad.data_ptr()
+            for name in moment_names("max_exp_avg_sq" in state):
+                rows[index, MOMENT_COLUMNS[name]] = self.moment(index, name).data_ptr()
+            states.append(dict(state))
         upload(rows, self.device, out=table)
-        grads = [param.grad for param in self.params]
         capture.tables = plan, table, launches
-        capture.tensors = [*grads, *self.params, *(dict(self.state[self.params[index]]) for index in capture.active)]
+        capture.tensors = [*grads, *self.params, *states]
 
     def present_places(self, active: Sequence[int]) -> tuple[list[Place], list[Place | None], list[Place]]:
         """Places that a captured launch depends on. See `CapturableEngine`."""
+        present_grads = self.read_grads()
         params = [Place.of(self.records[index].name, self.params[index]) for index in active]
         grads = [
-            None if record.param.grad is None else Place.of(f"the gradient of {record.name}", record.param.grad)
-            for record in self.records
+            None if grad is None else Place.of(f"the gradient of {record.name}", grad)
+            for record, grad in zip(self.records, present_grads, strict=True)
         ]
         state = []
         for index in active:
@@ -222,5 +226,5 @@ class TritonEngine(DeviceEngine):
             for name in moment_names(self.hyperparameters[record.group_index].amsgrad):
                 if name not in entry:
                     raise RuntimeError(f"state[{name!r}] of {record.name} was taken away since the capture")
-                state.append(Place.of(f"state[{name!r}] of {record.name}", entry[name]))
+                state.append(Place.of(f"state[{name!r}] of {record.name}", local_tensor(entry[name])))
         return params, grads, state

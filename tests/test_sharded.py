@@ -1,0 +1,406 @@
+"""Two processes: sharded and replicated training equals torch's pair in one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler
+
+from fused_clr import CyclicLR, FusedAdam, schedules
+
+from .ranks import Ranks
+from .tolerances import AFTER_STEPS
+
+CYCLE: dict[str, Any] = {"base_lr": 1e-3, "max_lr": 2e-2, "step_size_up": 4, "mode": "triangular2"}
+STEPS = 10
+
+
+class Model(torch.nn.Module):
+    """Shards over two processes are uneven (7 rows), and one is empty (a single row)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(5, 7)
+        self.last = torch.nn.Linear(7, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(inputs)))
+
+
+def make_model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def batches(steps: int, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 5, generator=generator) for _ in range(steps)]
+
+
+def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return (model(batch) - 3 * batch.sum(1, keepdim=True)).square().mean()
+
+
+def own_half(batch: torch.Tensor) -> torch.Tensor:
+    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def torch_run(steps: int = STEPS, max_norm: float | None = None) -> dict[str, torch.Tensor]:
+    """Parameters and state after a training by torch's pair in one process."""
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.01)
+    scheduler = lr_scheduler.CyclicLR(optimizer, **CYCLE)
+    for batch in batches(steps):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        scheduler.step()
+    return results_of(model, optimizer)
+
+
+def results_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    results = {"lr": torch.tensor([float(group["lr"]) for group in optimizer.param_groups], dtype=torch.float64)}
+    for name, param in model.named_parameters():
+        results[name] = whole(param).clone()
+        for key, value in optimizer.state[param].items():
+            results[f"{name}.{key}"] = whole(value).clone()
+    return results
+
+
+def assert_same(results: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    tolerance = AFTER_STEPS[torch.float32]
+    assert set(results) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(results[name], value, rtol=tolerance.rtol, atol=tolerance.atol, msg=name)
+
+
+def sharded(max_grad_norm: float | None = None, **arguments: Any) -> tuple[torch.nn.Module, FusedAdam, CyclicLR]:
+    model = make_model()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model.first, model.last):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = FusedAdam(model.parameters(), weight_decay=0.01, max_grad_norm=max_grad_norm, **arguments)
+    return model, optimizer, CyclicLR(optimizer, **CYCLE)
+
+
+def train(model: torch.nn.Module, optimizer: Any, scheduler: Any, steps: int, skip: int = 0) -> None:
+    for batch in batches(skip + steps)[skip:]:
+        optimizer.zero_grad()
+        loss_of(model, own_half(batch)).backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+# -- FSDP2 ------------------------------------------------------------------------------------------------------------
+def run_fsdp(max_norm: float | None) -> tuple[dict[str, torch.Tensor], float]:
+    model, optimizer, scheduler = sharded(max_norm)
+    local_sizes = {name: param.to_local().numel() for name, param in model.named_parameters()}
+    assert (local_sizes["last.bias"], local_sizes["first.bias"]) == ((1, 4), (0, 3))[dist.get_rank()]
+    train(model, optimizer, scheduler, STEPS)
+    engine = optimizer._engines.ready()[0]
+    assert len(engine._plans) == 1
+    for state in optimizer.state.values():
+        assert isinstance(state["exp_avg"], DTensor)
+    return results_of(model, optimizer), float(optimizer.grad_norm)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_fully_shard_equals_torch_in_one_process(ranks: Ranks, backend: str, max_norm: float | None) -> None:
+    wanted = torch_run(max_norm=max_norm)
+    norms = []
+    for results, norm in ranks.run(run_fsdp, max_norm):
+        assert_same(results, wanted)
+        norms.append(norm)
+    if max_norm is not None:
+        assert norms[0] == norms[1] > 0
+
+
+def run_overflow() -> list[Any]:
+    """A loss scale too large for one process alone."""
+    model, optimizer, scheduler = sharded()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    found = []
+    for step, batch in enumerate(batches(4)):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, own_half(batch))).backward()
+        if step == 2 and dist.get_rank() == 0:
+            next(model.parameters()).grad.to_local().fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        found.append((int(optimizer.applied_steps), int(optimizer.skipped_steps), optimizer.schedule_step))
+    return found
+
+
+def test_processes_skip_together(ranks: Ranks, backend: str) -> None:
+    first, second = ranks.run(run_overflow)
+    assert first == second
+    assert [counts[:2] for counts in first] == [(1, 0), (2, 0), (2, 1), (3, 1)]
+
+
+def run_nonfinite_norm() -> tuple[int, int]:
+    model, optimizer, _ = sharded(1.0, skip_nonfinite=True)
+    loss_of(model, own_half(batches(1)[0])).backward()
+    if dist.get_rank() == 1:
+        next(model.parameters()).grad.to_local().fill_(torch.nan)
+    optimizer.step()
+    return int(optimizer.applied_steps), int(optimizer.skipped_steps)
+
+
+def test_a_norm_that_is_not_finite_in_one_process_skips_in_both(ranks: Ranks, backend: str) -> None:
+    assert ranks.run(run_nonfinite_norm) == [(0, 1), (0, 1)]
+
+
+# -- DTensors of several placements -----------------------------------------------------------------------------------
+def run_placements() -> None:
+    """Sharded, replicated and plain parameters together; one replicated one with a gradient of partial sums."""
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(3)
+    placements = [Shard(0), Shard(1), Replicate(), Replicate(), None]
+    values = [torch.randn(5, 3, generator=generator) for _ in placements]
+    params = [
+        torch.nn.Parameter(value.clone() if placement is None else distribute_tensor(value, mesh, [placement]))
+        for value, placement in zip(values, placements, strict=True)
+    ]
+    twins = [torch.nn.Parameter(value.clone()) for value in values]
+    optimizer = FusedAdam(params, lr=0.1, max_grad_norm=0.7)
+    twin = torch.optim.Adam(twins, lr=0.1)
+    for _ in range(4):
+        for index, (param, other, placement) in enumerate(zip(params, twins, placements, strict=True)):
+            other.grad = torch.randn(5, 3, generator=generator)
+            if placement is None:
+                param.grad = other.grad.clone()
+            elif index == 3:
+                param.grad = DTensor.from_local(other.grad / 2, mesh, [Partial()])
+            else:
+                param.grad = distribute_tensor(other.grad.clone(), mesh, [placement])
+        norm = torch.nn.utils.clip_grad_norm_(twins, 0.7)
+        twin.step()
+        optimizer.step()
+        assert float(optimizer.grad_norm) == pytest.approx(float(norm), rel=1e-6)
+    for param, other in zip(params, twins, strict=True):
+        torch.testing.assert_close(whole(param), other.detach(), rtol=2e-5, atol=2e-6)
+
+
+def test_placements_of_all_kinds(ranks: Ranks, backend: str) -> None:
+    ranks.run(run_placements)
+
+
+# -- DistributedDataParallel and ZeRO ---------------------------------------------------------------------------------
+def run_ddp(bucket_views: bool) -> dict[str, torch.Tensor]:
+    model = make_model()
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=bucket_views)
+    optimizer = FusedAdam(model.parameters(), weight_decay=0.01)
+    train(parallel, optimizer, CyclicLR(optimizer, **CYCLE), STEPS)
+    return results_of(model, optimizer)
+
+
+@pytest.mark.parametrize("bucket_views", [False, True])
+def test_ddp_equals_torch_in_one_process(ranks: Ranks, backend: str, bucket_views: bool) -> None:
+    wanted = torch_run()
+    for results in ranks.run(run_ddp, bucket_views):
+        assert_same(results, wanted)
+
+
+def run_zero(folder: str) -> tuple[dict[str, torch.Tensor], list[list[float]]]:
+    # Its import warns of deprecations, which in the process of the tests is an error.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = make_model()
+    parallel = DistributedDataParallel(model)
+    schedule = schedules.Cyclic(**CYCLE)
+
+    def make_optimizer() -> Any:
+        return ZeroRedundancyOptimizer(
+            model.parameters(), optimizer_class=FusedAdam, weight_decay=0.01, schedule=schedule
+        )
+
+    optimizer = make_optimizer()
+    lrs = []
+    for step, batch in enumerate(batches(STEPS)):
+        optimizer.zero_grad()
+        loss_of(parallel, own_half(batch)).backward()
+        optimizer.step()
+        lrs.append([group["lr"] for group in optimizer.param_groups])
+        if step == 5:
+            # Saved and loaded in mid-cycle.
+            optimizer.consolidate_state_dict(0)
+            schedule_step = optimizer.optim.schedule_step
+            path = Path(folder) / "zero.pt"
+            if dist.get_rank() == 0:
+                torch.save(optimizer.state_dict(), path)
+            dist.barrier()
+            optimizer = make_optimizer()
+            # ZeRO writes the saved lr into the groups, which their schedule refuses unless it is where it was.
+            optimizer.optim.set_schedule_step(schedule_step)
+            optimizer.load_state_dict(torch.load(path, weights_only=False))
+    return {name: param.detach() for name, param in model.named_parameters()}, lrs
+
+
+def test_zero_equals_torch_in_one_process(ranks: Ranks, backend: str, tmp_path: Path) -> None:
+    wanted = torch_run()
+    tolerance = AFTER_STEPS[torch.float32]
+    schedule = schedules.Cyclic(**CYCLE)
+    for results, lrs in ranks.run(run_zero, str(tmp_path)):
+        assert lrs == [[schedule.lr(step + 1)] for step in range(STEPS)]
+        for name, value in results.items():
+            torch.testing.assert_close(value, wanted[name], rtol=tolerance.rtol, atol=tolerance.atol)
+
+
+# -- distributed checkpoints ------------------------------------------------------------------------------------------
+def checkpoint_of(model: torch.nn.Module, optimizer: Any, flatten: bool) -> dict[str, Any]:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def load(model: torch.nn.Module, optimizer: Any, folder: str, flatten: bool, no_dist: bool) -> None:
+    state = checkpoint_of(model, optimizer, flatten)
+    dcp.load(state, checkpoint_id=folder, no_dist=no_dist)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(flatten_optimizer_state_dict=flatten),
+    )
+
+
+def run_save(folder: str, flatten: bool) -> None:
+    model, optimizer, scheduler = sharded()
+    train(model, optimizer, scheduler, 6)
+    dcp.save(checkpoint_of(model, optimizer, flatten), checkpoint_id=folder)
+
+
+def run_load(folder: str, flatten: bool) -> dict[str, torch.Tensor]:
+    model, optimizer, scheduler = sharded()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    load(model, optimizer, folder, flatten, no_dist=False)
+    assert scheduler.last_epoch == 6
+    train(model, optimizer, scheduler, STEPS - 6, skip=6)
+    return results_of(model, optimizer)
+
+
+def one_process() -> tuple[Model, FusedAdam, CyclicLR]:
+    model = make_model()
+    optimizer = FusedAdam(model.parameters(), weight_decay=0.01)
+    return model, optimizer, CyclicLR(optimizer, **CYCLE)
+
+
+def train_alone(model: torch.nn.Module, optimizer: Any, scheduler: Any, steps: int, skip: int = 0) -> None:
+    for batch in batches(skip + steps)[skip:]:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
+def test_a_checkpoint_of_two_processes_is_loaded_by_one(
+    ranks: Ranks, backend: str, tmp_path: Path, flatten: bool
+) -> None:
+    ranks.run(run_save, str(tmp_path), flatten)
+    model, optimizer, scheduler = one_process()
+    load(model, optimizer, str(tmp_path), flatten, no_dist=True)
+    assert scheduler.last_epoch == 6
+    train_alone(model, optimizer, scheduler, STEPS - 6, skip=6)
+    assert_same(results_of(model, optimizer), torch_run())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
+def test_a_checkpoint_of_one_process_is_loaded_by_two(
+    ranks: Ranks, backend: str, tmp_path: Path, flatten: bool
+) -> None:
+    model, optimizer, scheduler = one_process()
+    train_alone(model, optimizer, scheduler, 6)
+    dcp.save(checkpoint_of(model, optimizer, flatten), checkpoint_id=str(tmp_path), no_dist=True)
+    for results in ranks.run(run_load, str(tmp_path), flatten):
+        assert_same(results, torch_run())
+
+
+def run_full_state() -> dict[str, torch.Tensor]:
+    """The state gathered whole, and dealt again to a new optimizer; half the way each."""
+    model, optimizer, scheduler = sharded()
+    train(model, optimizer, scheduler, 6)
+    full = StateDictOptions(full_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=full)
+    assert not any(isinstance(value, DTensor) for entry in state["state"].values() for value in entry.values())
+    other = FusedAdam(model.parameters(), weight_decay=0.01)
+    other_scheduler = CyclicLR(other, **CYCLE)
+    set_optimizer_state_dict(model, other, copy.deepcopy(state), options=full)
+    train(model, other, other_scheduler, STEPS - 6, skip=6)
+    # A plain state_dict too, whose tensors are whole: each process takes its shard.
+    third = FusedAdam(model.parameters(), weight_decay=0.01)
+    names = [name for name, _ in model.named_parameters()]
+    state["state"] = {index: state["state"][name] for index, name in enumerate(names)}
+    state["param_groups"][0]["params"] = list(range(len(names)))
+    third.load_state_dict(state)
+    for index, param in enumerate(model.parameters()):
+        torch.testing.assert_close(whole(third.state[param]["exp_avg"]), state["state"][index]["exp_avg"])
+    return results_of(model, other)
+
+
+def test_whole_state_dicts(ranks: Ranks, backend: str) -> None:
+    for results in ranks.run(run_full_state):
+        assert_same(results, torch_run())
+
+
+def run_fresh_state() -> None:
+    """Asking for the state of an optimizer that has taken no step neither ticks nor counts."""
+    model, optimizer, scheduler = sharded()
+    state = get_optimizer_state_dict(model, optimizer)
+    assert {float(entry["step"]) for entry in state["state"].values()} == {0.0}
+    assert optimizer.schedule_step == scheduler.last_epoch == 0
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_state_of_a_fresh_optimizer(ranks: Ranks, backend: str) -> None:
+    ranks.run(run_fresh_state)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+def run_errors() -> None:
+    model, optimizer, _ = sharded()
+    param = next(model.parameters())
+    optimizer.state[param]["exp_avg"] = torch.zeros(param.shape)
+    loss_of(model, own_half(batches(1)[0])).backward()
+    with pytest.raises(ValueError, match=r"state\['exp_avg'\] of .*must be sharded as the parameter is"):
+        optimizer.step()
+    plain = FusedAdam([torch.nn.Parameter(torch.zeros(param.shape))])
+    state = plain.state_dict()
+    state["state"] = {0: {"step": torch.tensor(1.0), "exp_avg": param.detach(), "exp_avg_sq": param.detach()}}
+    with pytest.raises(ValueError, match="is a DTensor and the parameter is none: give its full_tensor"):
+        plain.load_state_dict(state)
+
+
+def test_errors(ranks: Ranks) -> None:
+    ranks.run(run_errors)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.engine import Engine
 from .backends.engine_set import EngineSet
 from .captured import CapturedStep
 from .hyperparameters import (
@@ -22,6 +23,7 @@ from .param_group import ParamGroup
 from .schedules import Cyclic
 from .sharding import local_tensor
 from .telemetry import History
+from .uncompiled import uncompiled
 from .watched import OptimizerState
 
 
@@ -80,11 +82,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _make_group(self, values: dict[str, Any]) -> ParamGroup:
         return ParamGroup(values, self._on_group_change, self._read_live)
 
+    @uncompiled("a scheduled value is read from where the schedule runs, and not compiled in")
     def _read_live(self, group: ParamGroup) -> tuple[float, float] | None:
         index = next((i for i, own in enumerate(self.param_groups) if own is group), None)
         if index is None:
             return None
-        return self._engines.ready()[0].read_lr_and_beta1(index, applied=self._awaits_scheduler)
+        return self._engine.read_lr_and_beta1(index, applied=self._awaits_scheduler)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; see `torch.optim.Optimizer.add_param_group`.
@@ -119,6 +122,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.param_groups.append(group)
         self._engines.restructure()
 
+    @property
+    def _engine(self) -> Engine[Any]:
+        """The engine that tells of all, since engines tick together."""
+        return self._ready_engine()
+
+    @uncompiled("live tensors are read by compiled code, and not found by it")
+    def _ready_engine(self) -> Engine[Any]:
+        return self._engines.ready()[0]
+
     # -- the schedule -------------------------------------------------------------------------------------------------
     @property
     def live_lr(self) -> Tensor:
@@ -126,12 +138,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A live tensor: steps and graph replays write it. Reading it on the device needs no sync.
         """
-        return self._engines.ready()[0].live_lr
+        return self._engine.live_lr
 
     @property
     def live_beta1(self) -> Tensor:
         """float64[num_groups], live as `live_lr` is: the beta1 that the next step applies."""
-        return self._engines.ready()[0].live_beta1
+        return self._engine.live_beta1
 
     # -- telemetry ----------------------------------------------------------------------------------------------------
     @property
@@ -140,17 +152,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Over all groups, dtypes and devices; NaN without ``max_grad_norm``.
         """
-        return self._engines.ready()[0].grad_norm
+        return self._engine.grad_norm
 
     @property
     def applied_steps(self) -> Tensor:
         """int64[] on the device of the first parameter, live: how many steps were applied, replays too."""
-        return self._engines.ready()[0].applied_steps
+        return self._engine.applied_steps
 
     @property
     def skipped_steps(self) -> Tensor:
         """int64[], live as `applied_steps` is: how many steps were skipped, for an overflow or a norm not finite."""
-        return self._engines.ready()[0].skipped_steps
+        return self._engine.skipped_steps
 
     def history(self, n: int | None = None) -> History:
         """The latest steps as the step itself recorded them, replays and skipped steps too; one copy from the device.
@@ -169,7 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             n = size
         if n not in range(size + 1):
             raise ValueError(f"n must be an integer in [0, history_size = {size}], got {n!r}")
-        return self._engines.ready()[0].read_history(n)
+        return self._engine.read_history(n)
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -236,7 +248,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def schedule_step(self) -> int:
         """How often the schedule has ticked: torch's ``last_epoch``. Waits for the device."""
-        return self._engines.ready()[0].get_schedule_step()
+        return self._engine.get_schedule_step()
 
     @property
     def schedule_exhausted(self) -> bool:

@@ -13,6 +13,7 @@ from .base import FusedOptimizer
 from .hyperparameters import DEFAULT_BETAS, StepOptions, check_hyperparameter, check_options
 from .schedules import Cyclic
 from .step_hooks import call_with_hooks, hooks_wanted
+from .uncompiled import uncompiled
 
 T = TypeVar("T")
 
@@ -109,6 +110,7 @@ class FusedAdam(FusedOptimizer):
         super().__init__(params, defaults)
 
     # -- the step -----------------------------------------------------------------------------------------------------
+    @uncompiled("a fused step is one launch already; host code checks its addresses")
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
         """Updates all parameters that have a gradient, and advances the schedule by one.
 

@@ -15,6 +15,7 @@ from .checkpoint import function_name, warn_unsaved
 from .hyperparameters import check_schedule_step
 from .optim import FusedAdam
 from .schedules import Cyclic, is_triton_function
+from .uncompiled import uncompiled
 
 # Optimizer steps per scheduler step from which a loop looks like one that steps its scheduler once an epoch.
 STEPS_PER_CALL_LIMIT = 8
@@ -149,6 +150,7 @@ class CyclicLR(LRScheduler):
         optimizer = self._fused
         return optimizer.schedule_step - optimizer._awaits_scheduler
 
+    @uncompiled("the schedule runs inside the optimizer's step")
     def step(self, epoch: int | None = None) -> None:
         """Ticks the schedule, unless the optimizer's step has done so already.
 
@@ -177,6 +179,7 @@ class CyclicLR(LRScheduler):
         else:
             optimizer._tick()
 
+    @uncompiled("a learning rate is read from where the schedule runs")
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
         """The groups' learning rates, as plain floats. Waits for the device."""
         return [group["lr"] for group in self._fused.param_groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,23 @@ class History(NamedTuple):
     clip_coefficient: NDArray[np.float64]
     grad_scale: NDArray[np.float64]
     skipped: NDArray[np.bool_]
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """A flat dict per step, for `csv.DictWriter` and loggers; a group's values are ``lr/0``, ``momentum/0``, ..."""
+        for index, step in enumerate(self.schedule_step):
+            yield {
+                "schedule_step": int(step),
+                **_by_group("lr", self.lr[index]),
+                **_by_group("momentum", self.momentum[index]),
+                "grad_norm": float(self.grad_norm[index]),
+                "clip_coefficient": float(self.clip_coefficient[index]),
+                "grad_scale": float(self.grad_scale[index]),
+                "skipped": bool(self.skipped[index]),
+            }
+
+
+def _by_group(name: str, values: NDArray[np.float64]) -> dict[str, float]:
+    return {f"{name}/{group}": float(value) for group, value in enumerate(values)}
 
 
 def ordered_history(ring: NDArray[np.float64], count: int) -> History:
@@ -84,6 +102,16 @@ class Status(NamedTuple):
     applied_steps: int
     skipped_steps: int
     stale_replay: bool
+
+    def scalars(self) -> dict[str, float]:
+        """A flat dict for loggers, of all but the step; a group's values are ``lr/0``, ``momentum/0``, ..."""
+        return {
+            **_by_group("lr", self.lr),
+            **_by_group("momentum", self.momentum),
+            "grad_norm": self.grad_norm,
+            "applied_steps": self.applied_steps,
+            "skipped_steps": self.skipped_steps,
+        }
 
 
 class Monitor:

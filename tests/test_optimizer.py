@@ -352,12 +352,12 @@ else:
 
 def test_public_names() -> None:
     classes = ["CapturedStep", "CyclicLR", "FusedAdam", "FusedAdamW", "GraphedStep", "History", "Monitor", "Status"]
-    assert sorted(fused_clr.__all__) == [*classes, "schedules", "testing"]
+    assert sorted(fused_clr.__all__) == [*classes, "fuse", "schedules", "testing", "unfuse"]
     assert issubclass(FusedAdam, torch.optim.Optimizer)
     assert issubclass(CyclicLR, torch.optim.lr_scheduler.LRScheduler)
 
 
-@pytest.mark.parametrize("module", ["schedules", "optim", "scheduler", "telemetry", "graphed_step"])
+@pytest.mark.parametrize("module", ["schedules", "optim", "scheduler", "telemetry", "graphed_step", "conversion"])
 def test_docstring_examples(module: str) -> None:
     import doctest
     import importlib

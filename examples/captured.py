@@ -38,9 +38,8 @@ def main() -> None:
         status = monitor.poll()
         if status is not None and number % 100 == 0:
             print(f"step {status.schedule_step}: lr {status.lr[0]:.6g}, gradient norm {status.grad_norm:.3g}")
-    print(
-        f"{graphed.num_graphs} graph, {steps} steps, loss {float(loss):.4f}, lr {optimizer.param_groups[0]['lr']:.6g}"
-    )
+    lr = optimizer.param_groups[0]["lr"]
+    print(f"step {optimizer.schedule_step}, {graphed.num_graphs} graph, loss {float(loss):.4f}, lr {lr:.6g}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
         (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
         optimizer.step()
         scheduler.step()
-    dcp.save(state(), checkpoint_id=arguments.folder)
+    dcp.save(state(), storage_writer=dcp.FileSystemWriter(arguments.folder, overwrite=True))
     norm = float(optimizer.grad_norm)
     if dist.get_rank() == 0:
         print(f"step {scheduler.last_epoch}, lr {scheduler.get_last_lr()[0]:.6g}, gradient norm {norm:.6g}")

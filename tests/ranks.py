@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -13,20 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-SECONDS = 240
+SECONDS = 120
+SECONDS_AFTER_A_FAILURE = 10
 
 
 class Ranks:
     """Runs functions in every process of a group; ``run`` returns what they returned, by rank."""
 
     def __init__(self, size: int = 2) -> None:
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._results: Any = context.Queue()
-        self._tasks: list[Any] = [context.Queue() for _ in range(size)]
+        self._tasks: list[Any] = [context.Queue() for _ in range(self._size)]
         meeting_point = str(Path(self._folder.name) / "meet")
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, meeting_point, tasks, self._results), daemon=True)
+            context.Process(target=_serve, args=(rank, self._size, meeting_point, tasks, self._results), daemon=True)
             for rank, tasks in enumerate(self._tasks)
         ]
         for process in self._processes:
@@ -36,26 +42,40 @@ class Ranks:
         """Calls a function of a module in every process, seeded alike.
 
         Raises:
-            AssertionError: One of them raised; the message is its traceback.
+            AssertionError: One of them raised, or did not answer; the message says so, with tracebacks.
         """
         for tasks in self._tasks:
             tasks.put((function, args, os.environ.get("FUSED_CLR_BACKEND")))
-        answers = dict(self._results.get(timeout=SECONDS) for _ in self._tasks)
-        failures = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(answers.items()) if error]
+        answers: dict[int, tuple[Any, str | None]] = {}
+        while len(answers) < self._size:
+            # The others may wait for the one that failed, for ever.
+            failed = any(error for _, error in answers.values())
+            try:
+                rank, answer = self._results.get(timeout=SECONDS_AFTER_A_FAILURE if failed else SECONDS)
+            except queue.Empty:
+                self.close(waits=False)
+                self._start()
+                break
+            answers[rank] = answer
+        silent = dict.fromkeys(range(self._size), (None, "no answer"))
+        failures = [f"rank {rank}:\n{error}" for rank, (_, error) in (silent | answers).items() if error]
         assert not failures, "\n".join(failures)
-        return [answers[rank][0] for rank in range(len(self._tasks))]
+        return [answers[rank][0] for rank in range(self._size)]
 
-    def close(self) -> None:
+    def close(self, waits: bool = True) -> None:
         for tasks in self._tasks:
             tasks.put(None)
         for process in self._processes:
-            process.join(timeout=20)
+            if waits:
+                process.join(timeout=20)
             process.kill()
         self._folder.cleanup()
 
 
 def _serve(rank: int, size: int, meeting_point: str, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
+    # As torchrun does, which frameworks look at.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost")
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size)
     while (task := tasks.get()) is not None:
         function, args, backend = task

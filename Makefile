@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test lint types audit bench
+.PHONY: setup demo test lint types audit bench compat
 
 setup: $(INSTALLED)
 
@@ -33,3 +33,7 @@ audit: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
+
+# In environments of its own, under .compat.
+compat:
+	$(PYTHON) tests/compat.py

@@ -97,9 +97,11 @@ def assert_same(results: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
         torch.testing.assert_close(results[name], value, rtol=tolerance.rtol, atol=tolerance.atol, msg=name)
 
 
-def sharded(max_grad_norm: float | None = None, **arguments: Any) -> tuple[torch.nn.Module, FusedAdam, CyclicLR]:
+def sharded(
+    max_grad_norm: float | None = None, mesh_shape: tuple[int, ...] = (2,), **arguments: Any
+) -> tuple[torch.nn.Module, FusedAdam, CyclicLR]:
     model = make_model()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
     for layer in (model.first, model.last):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -138,6 +140,19 @@ def test_fully_shard_equals_torch_in_one_process(ranks: Ranks, backend: str, max
         norms.append(norm)
     if max_norm is not None:
         assert norms[0] == norms[1] > 0
+
+
+def run_hybrid(mesh_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    model, optimizer, scheduler = sharded(0.5, mesh_shape)
+    train(model, optimizer, scheduler, STEPS)
+    return results_of(model, optimizer)
+
+
+@pytest.mark.parametrize("mesh_shape", [(2, 1), (1, 2)], ids=["replicated", "sharded"])
+def test_hybrid_sharding_counts_replicas_once(ranks: Ranks, backend: str, mesh_shape: tuple[int, ...]) -> None:
+    wanted = torch_run(max_norm=0.5)
+    for results in ranks.run(run_hybrid, mesh_shape):
+        assert_same(results, wanted)
 
 
 def run_overflow() -> list[Any]:

@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 import venv
 from pathlib import Path
 from typing import NamedTuple
@@ -56,12 +57,21 @@ class Outcome(NamedTuple):
     failed: bool = False
 
 
+def index_options() -> list[str]:
+    """Where pip looks for CPU builds, if that can be reached; in vain, it would try for minutes."""
+    try:
+        with urllib.request.urlopen(CPU_INDEX, timeout=5):
+            return ["--extra-index-url", CPU_INDEX]
+    except OSError:
+        return []
+
+
 def pinned(package: str, version: str) -> str:
     """A requirement; without a version, the newest."""
     return f"{package}=={version}" if version else package
 
 
-def torch_build(python: Path, version: str) -> str:
+def torch_build(python: Path, version: str, options: list[str]) -> str:
     """The version of torch that pip would install, with its build, as ``2.13.0+cpu``; empty if there is none."""
     command = [
         python,
@@ -75,7 +85,7 @@ def torch_build(python: Path, version: str) -> str:
         "--report",
         "-",
     ]
-    command += ["--extra-index-url", CPU_INDEX]
+    command += options
     for requirement in (f"{pinned('torch', version)}+cpu" if version else "", pinned("torch", version)):
         if not requirement:
             continue
@@ -88,19 +98,19 @@ def torch_build(python: Path, version: str) -> str:
     return ""
 
 
-def run(environment: Environment, folder: Path, cuda_builds: bool) -> Outcome:
+def run(environment: Environment, folder: Path, cuda_builds: bool, options: list[str]) -> Outcome:
     """Sets an environment up and runs the core tests in it."""
     home = folder / environment.name
     if not home.exists():
         venv.create(home, with_pip=True)
     python = home / "bin" / "python"
-    build = torch_build(python, environment.torch)
+    build = torch_build(python, environment.torch, options)
     if not build:
         return Outcome(environment.name, pinned("torch", environment.torch), "skipped: pip finds no such torch")
     if "+cpu" not in build and not cuda_builds:
         reason = f"skipped: torch {build} has no CPU build here (--cuda-builds installs the other, of gigabytes)"
         return Outcome(environment.name, f"torch {build}", reason)
-    install = [python, "-m", "pip", "install", "--quiet", "--extra-index-url", CPU_INDEX]
+    install = [python, "-m", "pip", "install", "--quiet", *options]
     for packages in (
         [f"torch=={build}"],
         [pinned("triton", environment.triton), environment.numpy, *TEST_PACKAGES],
@@ -129,10 +139,10 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only environments whose name holds this regular expression")
     parser.add_argument("--folder", type=Path, default=ROOT / ".compat", help="where the environments are made")
     arguments = parser.parse_args()
-    failed = False
+    failed, options = False, index_options()
     for environment in ENVIRONMENTS:
         if re.search(arguments.match, environment.name):
-            outcome = run(environment, arguments.folder.resolve(), arguments.cuda_builds)
+            outcome = run(environment, arguments.folder.resolve(), arguments.cuda_builds, options)
             print(f"{outcome.environment:26} {outcome.versions:45} {outcome.result}", flush=True)
             failed |= outcome.failed
     return int(failed)

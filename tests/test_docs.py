@@ -20,6 +20,16 @@ def test_the_page_on_captured_loops_runs(capsys: pytest.CaptureFixture[str]) -> 
     assert printed[1] == "220 0"
 
 
+def test_the_page_on_compatibility_runs_and_names_tests_that_are_there() -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, {"__name__": "compatibility"})
+    named = set(re.findall(r"`(tests/\w+\.py)`", text))
+    assert len(named) > 8
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())

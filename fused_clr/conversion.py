@@ -181,7 +181,13 @@ def unfuse(
                 plain.state[param] = {**entry, "step": count if steps_on_device else count.cpu()}
     _carry_hooks(optimizer, plain)
     # Torch's constructor takes a first step of its own.
-    plain_scheduler = lr_scheduler.CyclicLR(plain, **cyclic_arguments, last_epoch=step - 1)
+    try:
+        plain_scheduler = lr_scheduler.CyclicLR(plain, **cyclic_arguments, last_epoch=step - 1)
+    except OverflowError as error:
+        raise ValueError(
+            f"schedule step {step} cannot be carried over: torch's CyclicLR overflows there, in mode "
+            f"{cyclic_arguments['mode']!r}"
+        ) from error
     if scheduler is not None:
         plain_scheduler._step_count = scheduler._step_count
     return plain, plain_scheduler

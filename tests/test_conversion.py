@@ -234,3 +234,7 @@ def test_unfuse_names_what_it_cannot_carry() -> None:
         unfuse(optimizer(cyclic, max_grad_norm=1.0), drop="max_grad_norm")
     with pytest.raises(ValueError, match="drop may hold"):
         unfuse(optimizer(cyclic), drop=["history"])
+    late = optimizer(schedules.Cyclic(0.1, 0.5, 4, mode="triangular2"))
+    late.set_schedule_step(9000)
+    with pytest.raises(ValueError, match="schedule step 9000 cannot be carried over: torch's CyclicLR overflows"):
+        unfuse(late)

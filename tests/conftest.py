@@ -55,6 +55,37 @@ def interpreter_rounds_to_bfloat16() -> None:
     interpreter._convert_float = convert_float
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_patches_once_a_launch() -> None:
+    """The interpreter replaces triton.language's functions for a launch, and once more at every call within it.
+
+    That is a fifth of its time, and changes nothing.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    class Scope:
+        def __init__(self, function: Any, modules: set[Any]) -> None:
+            self.patches, self.modules = patch(function), modules
+            patched.update(modules)
+
+        def restore(self) -> None:
+            patched.difference_update(self.modules)
+            self.patches.restore()
+
+    def patch_once(function: Any) -> Scope | None:
+        names = function.__globals__
+        if id(names) not in modules_of:
+            found = {m for m in (language, language.core) if any(value is m for value in names.values())}
+            modules_of[id(names)] = found
+        modules = modules_of[id(names)]
+        return None if modules <= patched else Scope(function, modules)
+
+    modules_of: dict[int, set[Any]] = {}
+    patch, patched = interpreter._patch_lang, set[Any]()
+    interpreter._patch_lang = patch_once
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random state, whatever ran before."""

@@ -1,4 +1,4 @@
-"""After 1,000 steps: no further from a float64 oracle than torch's own fused kernel."""
+"""After hundreds of steps: no further from a float64 oracle than torch's own fused kernel."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from fused_clr import FusedAdam, FusedAdamW
 from fused_clr.reference import adam_step, initial_state
 from fused_clr.schedules import Cyclic
 
-STEPS = 1000
+# The interpreter takes 60 ms for one.
+STEPS = {"cpu": 1000, "triton": 400}
 NUMEL = 2048
 BETA2S = (0.98, 0.999, 0.9999)
 SCHEDULE = Cyclic(1e-3, 1e-2, 37, mode="triangular2")
 
 
-def gradients() -> torch.Tensor:
+def gradients(steps: int) -> torch.Tensor:
     """Of magnitudes from 1e-4 to 10, so that every element has another ratio to eps."""
     generator = torch.Generator().manual_seed(11)
-    return torch.randn(STEPS, NUMEL, generator=generator) * torch.logspace(-4, 1, NUMEL)
+    return torch.randn(steps, NUMEL, generator=generator) * torch.logspace(-4, 1, NUMEL)
 
 
 def rms_error(param: torch.Tensor, oracle: torch.Tensor) -> float:
@@ -35,7 +36,7 @@ def test_the_error_is_no_larger_than_torchs(backend: str) -> None:
     optimizer = FusedAdam(groups[0], schedule=SCHEDULE)
     torch_optimizer = torch.optim.Adam(groups[1], fused=True)
     oracles = [initial_state(start) for _ in BETA2S]
-    for step, gradient in enumerate(gradients()):
+    for step, gradient in enumerate(gradients(STEPS[backend])):
         lr, beta1 = SCHEDULE.lr_and_momentum(step)
         for index, beta2 in enumerate(BETA2S):
             torch_optimizer.param_groups[index].update(lr=lr, betas=(beta1, beta2))
@@ -46,10 +47,11 @@ def test_the_error_is_no_larger_than_torchs(backend: str) -> None:
     for index, beta2 in enumerate(BETA2S):
         mine, torchs = (rms_error(params[index], oracles[index].param) for params in (ours, theirs))
         print(f"beta2 {beta2}, rms error: ours {mine:.3e}, torch's {torchs:.3e}, ratio {mine / torchs:.4f}")
-        # Rounding the parameter itself dominates both, 1,000 times half an ulp: a random sum, of which an rms over n
-        # elements is known to a relative 1 / sqrt(2 n); three of that. The cpu backend runs torch's kernel: no margin.
+        # Rounding the parameter itself dominates both, hundreds of times half an ulp: a random sum, of which an rms
+        # over n elements is known to a relative 1 / sqrt(2 n); three of that. The cpu backend runs torch's kernel: no
+        # margin.
         assert mine <= torchs * (1 + 3 / (2 * NUMEL) ** 0.5 * (backend == "triton"))
-        # And the oracle is one: a float32 path of 1,000 steps stays within a few hundred roundings of it.
+        # And the oracle is one: a float32 path of that many steps stays within a few hundred roundings of it.
         assert torchs < 1e-5
 
 

@@ -30,9 +30,7 @@ def changed_kernels(folder: Path, old: str, new: str, file: str = "adam.py") -> 
     return folder / "kernels"
 
 
-@pytest.mark.parametrize(
-    "match", [ONE, r"^gfx942 adam float32 last$", r"^sm_90 norm float32$", r"^sm_90 adam bfloat16 not-last$"]
-)
+@pytest.mark.parametrize("match", [ONE, r"^gfx942 adam float32 last$", r"^sm_90 norm float32$"])
 def test_the_kernels_pass(match: str) -> None:
     done = audit(match)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -121,8 +121,8 @@ def test_declared_error_inputs_raise(name: str) -> None:
             # Combinations that one of torch's implementations lacks; ours takes any.
             PAIRS[name][1](params, **arguments)
             continue
-        # UserWarning: duplicate parameters, which torch warns of and ours then refuses.
-        with pytest.raises((ValueError, TypeError, RuntimeError, UserWarning)):
+        # Duplicate parameters and sets, which torch warns of and ours then refuses.
+        with pytest.raises((ValueError, TypeError, RuntimeError, UserWarning, FutureWarning)):
             PAIRS[name][1](params, **arguments)
 
 

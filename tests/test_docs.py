@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -28,6 +29,32 @@ def test_the_page_on_compatibility_runs_and_names_tests_that_are_there() -> None
     assert len(named) > 8
     for path in named:
         assert (ROOT / path).exists(), path
+
+
+# A case as the pages call it; in the README's table otherwise than in the results.
+README_CASES = {
+    "4 x 4": "4x4 fp32",
+    "148 x 16": "148x16 fp32",
+    "148 x 16 in 64 groups": "148x16 fp32 64-groups",
+    "1,000 x 16": "1000x16 fp32",
+    "4 x 4M": "4x4M fp32",
+}
+RATIO_ROW = re.compile(r"^\| ([^|]+?) \| ([\d.]+) \*\*([\d.]+)\*\* ([\d.]+) \| ([\d.]+) \|", re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("docs/performance.md", 22)])
+def test_ratios_on_the_pages_are_those_of_committed_results(page: str, count: int) -> None:
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for part in ("steps-small", "steps-options"):
+        result = json.loads((ROOT / "bench" / "results" / f"{part}-cpu.json").read_text())
+        rows |= {(row["case"], row["peer"]): row for row in result["rows"] if row["mode"] == "eager"}
+    found = RATIO_ROW.findall((ROOT / page).read_text())
+    assert len(found) == count
+    for case, *figures in found:
+        name = README_CASES.get(case, case)
+        ours, foreach = rows[name, "fused-clr"], rows[name, "torch foreach"]
+        wanted = [f"{ours[key]:.2f}" for key in ("ratio_p20", "ratio_p50", "ratio_p80")]
+        assert figures == [*wanted, f"{foreach['ratio_p50']:.1f}"], case
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -146,6 +146,28 @@ def test_fully_shard_equals_torch_in_one_process(ranks: Ranks, backend: str, max
         assert norms[0] == norms[1] > 0
 
 
+def run_swapped() -> dict[str, torch.Tensor]:
+    """As accelerate does: the pair is made first, and the groups' parameters become DTensors afterwards."""
+    model = make_model()
+    optimizer = FusedAdam(model.parameters(), weight_decay=0.01)
+    scheduler = CyclicLR(optimizer, **CYCLE)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        for index, param in enumerate(group["params"]):
+            group["params"][index] = torch.empty(1, dtype=param.dtype)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    for group in optimizer.param_groups:
+        group["params"] = list(model.parameters())
+    train(model, optimizer, scheduler, STEPS)
+    return results_of(model, optimizer)
+
+
+def test_parameters_that_are_swapped_for_sharded_ones(ranks: Ranks, backend: str) -> None:
+    wanted = torch_run()
+    for results in ranks.run(run_swapped):
+        assert_same(results, wanted)
+
+
 def run_hybrid(mesh_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     model, optimizer, scheduler = sharded(0.5, mesh_shape)
     train(model, optimizer, scheduler, STEPS)

@@ -149,8 +149,8 @@ def unfuse(
         raise TypeError(f"scheduler must be a fused_clr.CyclicLR or None, got {_class_name(scheduler)}")
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise ValueError("scheduler must be the optimizer's, and is another one's")
-    if isinstance(drop, str) or not set(drop) <= {"max_grad_norm"}:
-        raise ValueError(f"drop may hold 'max_grad_norm', got {drop!r}")
+    if not isinstance(drop, (list, tuple, set, frozenset)) or not set(drop) <= {"max_grad_norm"}:
+        raise ValueError(f"drop must be a list that may hold 'max_grad_norm', got {drop!r}")
     if optimizer.max_grad_norm is not None and "max_grad_norm" not in drop:
         raise ValueError(
             f"max_grad_norm={optimizer.max_grad_norm} cannot be carried over: torch's step does not clip. Call "

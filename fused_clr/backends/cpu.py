@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,14 @@ class Batch:
     converts: bool
     is_complex: bool
 
-    def gradients(self, grads: Sequence[Tensor | None], factor: float, store: bool) -> list[Tensor]:
+    def __post_init__(self) -> None:
+        first, *rest = self.indices
+        # Gives a tuple, and for one index alone what stands there.
+        self.take: Any = itemgetter(first, *rest) if rest else itemgetter(slice(first, first + 1))
+
+    def gradients(
+        self, grads: Sequence[Tensor | None], factor: float, store: bool
+    ) -> tuple[Tensor, ...] | list[Tensor]:
         """This batch's gradients, as torch's kernel wants them.
 
         Args:
@@ -55,12 +63,14 @@ class Batch:
             factor: What they are multiplied by.
             store: Multiply the given ones, and not copies.
         """
-        own: list[Any] = [grads[index] for index in self.indices]
+        own: tuple[Tensor, ...] | list[Tensor] = self.take(grads)
+        if factor == 1.0 and not self.converts:
+            return own
         if factor != 1.0:
             if store:
                 torch._foreach_mul_(own, factor)
             else:
-                own = list(torch._foreach_mul(own, factor))
+                own = torch._foreach_mul(own, factor)
         if self.converts:
             own = [torch.empty_like(param).copy_(grad) for param, grad in zip(self.params, own, strict=True)]
         return own
@@ -205,8 +215,9 @@ class CpuEngine(Engine[CpuPlan]):
             elif plan.steps:
                 torch._foreach_add_(plan.steps, 1)
             factor = self._clip_coefficient / scale
+            store_grads = self.options.store_grads
             for batch in plan.batches:
-                self._update(batch, batch.gradients(grads, factor, self.options.store_grads))
+                self._update(batch, batch.gradients(grads, factor, store_grads))
         if not skipped or self.options.advance_on_skip:
             self.tick()
 
@@ -219,13 +230,13 @@ class CpuEngine(Engine[CpuPlan]):
         row[:, MOMENTUM] = self._live_beta1
         row[:, MOMENTUM + 1 :] = float(self.grad_norm), self._clip_coefficient, grad_scale, skipped
 
-    def _update(self, batch: Batch, grads: list[Tensor]) -> None:
-        h = self.hyperparameters[batch.group_index]
+    def _update(self, batch: Batch, grads: Sequence[Tensor]) -> None:
+        _, _, beta2, eps, weight_decay, amsgrad, maximize, decoupled, _ = self.hyperparameters[batch.group_index]
         lr, beta1 = self._next[batch.group_index]
-        params = batch.params
+        params: Sequence[Tensor] = batch.params
         if batch.is_complex:
             params, grads = [torch.view_as_real(p) for p in params], [torch.view_as_real(g) for g in grads]
-        function = torch._fused_adamw_ if h.decoupled_weight_decay else torch._fused_adam_
+        function: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
         function(
             params,
             grads,
@@ -235,11 +246,11 @@ class CpuEngine(Engine[CpuPlan]):
             batch.steps,
             lr=lr,
             beta1=beta1,
-            beta2=h.beta2,
-            weight_decay=h.weight_decay,
-            eps=h.eps,
-            amsgrad=h.amsgrad,
-            maximize=h.maximize,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
         )
 
     def tick(self) -> None:

@@ -10,7 +10,7 @@ from fused_clr.reference import adam_step, initial_state
 from fused_clr.schedules import Cyclic
 
 # The interpreter takes 60 ms for one.
-STEPS = {"cpu": 1000, "triton": 400}
+STEPS = {"cpu": 1000, "triton": 250}
 NUMEL = 2048
 BETA2S = (0.98, 0.999, 0.9999)
 SCHEDULE = Cyclic(1e-3, 1e-2, 37, mode="triangular2")

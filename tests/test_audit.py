@@ -30,15 +30,12 @@ def changed_kernels(folder: Path, old: str, new: str, file: str = "adam.py") -> 
     return folder / "kernels"
 
 
-@pytest.mark.parametrize("match", [ONE, r"^gfx942 adam float32 last$", r"^sm_90 norm float32$"])
-def test_the_kernels_pass(match: str) -> None:
-    done = audit(match)
+def test_an_unchanged_kernel_passes() -> None:
+    """One of the variants that ``make audit`` goes through, with 16 bytes loaded and 12 stored an element."""
+    done = audit(ONE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 variants, 0 with problems" in done.stdout
-
-
-def test_bytes_per_float32_element() -> None:
-    assert "16+12=28" in audit(ONE).stdout
+    assert "16+12=28" in done.stdout
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -93,9 +93,10 @@ def test_plain_logs_the_learning_rate_to_tensorboard_and_csv(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["trainer", "lightning_fit"])
-def test_frameworks_resume(tmp_path: Path, name: str) -> None:
-    assert run(name, "--steps", 20, "--folder", tmp_path).endswith("step 20, lr 0.01\n")
-    assert run(name, "--steps", 30, "--folder", tmp_path).endswith("step 30, lr 0.0055\n")
+def test_frameworks(tmp_path: Path, name: str) -> None:
+    """That they resume, `tests/test_huggingface.py` and `tests/test_lightning.py` show."""
+    assert run(name, "--steps", 25, "--folder", tmp_path).endswith("step 25, lr 0.00775\n")
+    assert any(path.name in ("last.ckpt", "checkpoint-20") for path in tmp_path.iterdir())
 
 
 def test_captured() -> None:

@@ -14,8 +14,8 @@ from fused_clr.backends.triton import TritonEngine
 
 from .tolerances import AFTER_STEPS, SCHEDULED
 
-# Three cycles at least; the interpreter takes its time.
-STEPS = {"cpu": 55, "triton": 36}
+# Two cycles at least; the interpreter takes its time.
+STEPS = {"cpu": 55, "triton": 24}
 BLOCK_SIZE = 256
 
 

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PARTS := steps-small
+DEVICE := cpu
 
 .PHONY: setup demo test lint types audit bench compat
 
@@ -24,15 +26,21 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 
 types: $(INSTALLED)
 	$(BIN)/mypy
 
 audit: $(INSTALLED)
-	$(BIN)/python -m bench.audit
+	$(BIN)/python -m tests.audit
 
+# Results into bench/results, as tables and pictures too: make bench PARTS="steps-small host" ROUNDS=21
 bench: $(INSTALLED)
-	$(BIN)/python -m bench
+	for part in $(PARTS); do \
+		$(BIN)/pytest bench --part $$part $(if $(ROUNDS),--rounds $(ROUNDS)) --device $(DEVICE) \
+			--benchmark-json=bench/results/$$part-$(DEVICE).json || exit; \
+		$(BIN)/python -m bench.report bench/results/$$part-$(DEVICE).json || exit; \
+	done
 
 # In environments of its own, under .compat.
 compat:

@@ -1,1 +1,1 @@
-"""Measurements and audits. Not part of the package: run from a checkout."""
+"""Benchmarks: a training step of fused-clr, and of other optimizers, beside torch's pair. Run with ``pytest bench``."""

@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 
 import torch
 
-from bench import shapes
-from bench.shapes import Shape
+from bench.shapes import PARAMETER_SETS, Shape
 
 MANY_GROUPS = 64
 MAX_GRAD_NORM = 1.0
 DTYPES = ("fp32", "bf16", "mixed")
-
-PARAMETER_SETS: dict[str, Callable[[], list[Shape]]] = {
-    "4x4": partial(shapes.equal, 4, 4),
-    "4x16": partial(shapes.equal, 4, 16),
-    "rl-policy": shapes.rl_policy,
-    "148x16": partial(shapes.equal, 148, 16),
-    "nnue": shapes.nnue,
-    "dlrm-mlps": shapes.dlrm_mlps,
-    "1000x16": partial(shapes.equal, 1000, 16),
-    "10000x16": partial(shapes.equal, 10_000, 16),
-    "4x4M": partial(shapes.equal, 4, 4 << 20),
-    "resnet50": shapes.resnet50,
-    "vit-b16": shapes.vit_b16,
-    "gpt2-124m": shapes.gpt2,
-    "bert-large": shapes.bert_large,
-    "llama-1b": shapes.llama_1b,
-    "1x1G": partial(shapes.equal, 1, 10**9),
-}
 
 
 @dataclass(frozen=True)
@@ -54,38 +35,29 @@ class Case:
     @property
     def name(self) -> str:
         """Words that tell cases apart, as ``gpt2-124m bf16 64-groups clip``."""
-        words = [self.parameter_set, self.dtype]
-        words += [f"{self.num_groups}-groups"] if self.num_groups > 1 else []
-        words += ["clip"] if self.clips else []
-        return " ".join(words)
-
-    def specifications(self) -> list[tuple[Shape, torch.dtype]]:
-        """Shape and dtype of each parameter."""
-        all_shapes = PARAMETER_SETS[self.parameter_set]()
-        if self.dtype != "mixed":
-            dtype = torch.float32 if self.dtype == "fp32" else torch.bfloat16
-            return [(shape, dtype) for shape in all_shapes]
-        has_matrices = any(len(shape) > 1 for shape in all_shapes)
-        in_bfloat16 = [len(shape) > 1 if has_matrices else index % 2 > 0 for index, shape in enumerate(all_shapes)]
-        dtypes = [torch.bfloat16 if low else torch.float32 for low in in_bfloat16]
-        return list(zip(all_shapes, dtypes, strict=True))
-
-    def elements(self) -> dict[torch.dtype, int]:
-        """How many elements there are of each dtype."""
-        counts: dict[torch.dtype, int] = {}
-        for shape, dtype in self.specifications():
-            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
-        return counts
+        groups = f" {self.num_groups}-groups" if self.num_groups > 1 else ""
+        return f"{self.parameter_set} {self.dtype}{groups}{' clip' if self.clips else ''}"
 
     @property
     def num_tensors(self) -> int:
         """How many parameters there are."""
-        return len(PARAMETER_SETS[self.parameter_set]())
+        return len(PARAMETER_SETS[self.parameter_set])
 
-    @property
-    def numel(self) -> int:
-        """How many elements they hold."""
-        return sum(math.prod(shape) for shape in PARAMETER_SETS[self.parameter_set]())
+    def specifications(self) -> list[tuple[Shape, torch.dtype]]:
+        """Shape and dtype of each parameter."""
+        all_shapes = PARAMETER_SETS[self.parameter_set]
+        is_low = [self.dtype == "bf16"] * len(all_shapes)
+        if self.dtype == "mixed":
+            has_matrices = any(len(shape) > 1 for shape in all_shapes)
+            is_low = [len(shape) > 1 if has_matrices else index % 2 > 0 for index, shape in enumerate(all_shapes)]
+        return [(s, torch.bfloat16 if low else torch.float32) for s, low in zip(all_shapes, is_low, strict=True)]
+
+    def elements(self) -> Counter[torch.dtype]:
+        """How many elements there are of each dtype."""
+        counts: Counter[torch.dtype] = Counter()
+        for shape, dtype in self.specifications():
+            counts[dtype] += math.prod(shape)
+        return counts
 
     @property
     def parameter_bytes(self) -> int:
@@ -97,26 +69,26 @@ class Case:
         """Bytes a step has to move: p, g, m and v read, p, m and v written; clipping reads g once more."""
         return (8 if self.clips else 7) * self.parameter_bytes
 
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of two peers: shared p and g, as much for temporaries, and two float32 moments of each peer."""
+        return 4 * self.parameter_bytes + 2 * 2 * 4 * self.elements().total()
 
-def _all_cases() -> list[Case]:
-    cases = []
-    for name, make_shapes in PARAMETER_SETS.items():
-        num_tensors = len(make_shapes())
-        for num_groups in (1, MANY_GROUPS) if num_tensors >= MANY_GROUPS else (1,):
-            # One tensor has one dtype.
-            for dtype in DTYPES if num_tensors > 1 else DTYPES[:2]:
-                cases += [Case(name, dtype, num_groups, clips) for clips in (False, True)]
-    return cases
+    def make_parameters(self, device: torch.device) -> list[torch.nn.Parameter]:
+        """Random parameters with random gradients: zeros would run faster than real data."""
+        params = []
+        for shape, dtype in self.specifications():
+            # So small that a step changes them in bf16 too.
+            param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02))
+            param.grad = torch.empty_like(param).normal_()
+            params.append(param)
+        return params
 
 
-CASES = tuple(_all_cases())
-
-
-def make_parameters(case: Case, device: torch.device) -> list[torch.nn.Parameter]:
-    """Random parameters with random gradients: zeros would run faster than real data."""
-    params = []
-    for shape, dtype in case.specifications():
-        param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device).normal_())
-        param.grad = torch.empty_like(param).normal_()
-        params.append(param)
-    return params
+CASES = tuple(
+    Case(name, dtype, num_groups, clips)
+    for name, shapes in PARAMETER_SETS.items()
+    # One tensor has one dtype.
+    for dtype, num_groups, clips in product(DTYPES if len(shapes) > 1 else DTYPES[:2], (1, MANY_GROUPS), (False, True))
+    if num_groups <= len(shapes)
+)

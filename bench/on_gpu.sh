@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # What needs a GPU, unattended, from a plain checkout, without network: bench/on_gpu.sh [PART...]
 #
-#   tests           tests/test_gpu.py: real captures and replays
+#   tests           tests/gpu: real captures and replays
 #   sanitizer       compute-sanitizer over some of them; best after `tests`, which fills triton's cache
 #   quick           a little of every measurement
 #   steps-small steps-options steps-models steps-compiled captured loops host
-#                   the measurements in full: parts of `python -m bench`, see bench/parts.py
+#                   the measurements in full: `pytest bench --part PART`, see bench/parts.py
 #   roofline        floors from compiled code beside what the results in $OUT have measured
 #
 # Each part takes less than 10 minutes; without arguments, `tests sanitizer quick roofline` do so together.
 # Results go to $OUT (default bench/results/); one log for all, so that few files have to be brought back. Exits non-zero
-# if a part failed. Where there is no .git, FUSED_CLR_COMMIT says which commit this is.
+# if a part failed. Where there is no .git, FUSED_CLR_COMMIT says which commit this is. Needs pytest and pytest-benchmark.
 set -u
 cd "$(dirname "$0")/.."
-export PYTHONPATH=. PYTHONUNBUFFERED=1
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-python3}
 LOG=$OUT/on_gpu.txt
@@ -25,7 +25,8 @@ run() {
     local limit=$1
     shift
     echo "== $*" | tee -a "$LOG"
-    timeout "$limit" "$@" 2>&1 | tee -a "$LOG" | tail -40
+    # An interrupt, after which pytest writes what it has measured.
+    timeout --signal=INT --kill-after=20 "$limit" "$@" 2>&1 | tee -a "$LOG" | tail -40
     local status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || { echo "FAILED with $status: $*" | tee -a "$LOG"; failed=1; }
 }
@@ -33,7 +34,7 @@ run() {
 gpu_tests() {
     local limit=$1
     shift
-    run "$limit" env FUSED_CLR_TEST_GPU=1 "$@" "$PYTHON" -m pytest tests/test_gpu.py -q -p no:cacheprovider \
+    run "$limit" env FUSED_CLR_TEST_GPU=1 "$@" "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider \
         --durations=10 "${selection[@]}"
 }
 
@@ -48,24 +49,31 @@ sanitizer() {
     done
 }
 
-roofline() {
-    shopt -s nullglob
-    run 40 "$PYTHON" -m bench.roofline --out "$OUT" --results "$OUT"/*-cuda.json
+# measure SECONDS PART
+measure() {
+    run "$1" "$PYTHON" -m pytest bench --part "$2" --device cuda -v --tb=short -p no:cacheprovider \
+        --benchmark-columns=median,iqr,rounds --benchmark-json="$OUT/$2-cuda.json"
+    run 20 "$PYTHON" -m bench.report "$OUT/$2-cuda.json"
 }
 
 : >"$LOG"
 run 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+if ! "$PYTHON" -c "import pytest_benchmark"; then
+    echo "pytest-benchmark is missing: bring its wheel and put it on PYTHONPATH (pip install --target)" | tee -a "$LOG"
+    exit 1
+fi
 [ "$#" -gt 0 ] || set -- tests sanitizer quick roofline
 for part in "$@"; do
     selection=()
     case $part in
         tests) gpu_tests 190 ;;
         sanitizer) sanitizer ;;
-        quick) run 190 "$PYTHON" -m bench --part quick --device cuda --out "$OUT" ;;
-        steps-small | steps-options | steps-models | steps-compiled | captured | loops | host)
-            run 570 "$PYTHON" -m bench --part "$part" --device cuda --out "$OUT"
+        quick) measure 190 quick ;;
+        steps-small | steps-options | steps-models | steps-compiled | captured | loops | host) measure 550 "$part" ;;
+        roofline)
+            shopt -s nullglob
+            run 40 "$PYTHON" -m bench.roofline --out "$OUT" --results "$OUT"/*-cuda.json
             ;;
-        roofline) roofline ;;
         *)
             echo "no part $part; the first lines of $0 name them" | tee -a "$LOG"
             failed=1

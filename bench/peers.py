@@ -1,33 +1,27 @@
-"""The optimizers that are compared, each with a scheduler: torch's, ours, and the table of all of them."""
+"""The optimizers that are compared, each with a scheduler: torch's pair is the reference, the others its peers."""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import CyclicLR
 
 import fused_clr
+from bench import package_internals
 from bench.cases import MAX_GRAD_NORM
 
 CYCLE: dict[str, Any] = {"base_lr": 2.5e-4, "max_lr": 1e-3, "step_size_up": 2000, "mode": "triangular2"}
-
-# With more tensors, peers that compile are not run.
-MOST_COMPILED = 200
-
+BETAS = (0.9, 0.999)
 NO_MOMENTUM = "no CyclicLR momentum: beta1 is constant"
 FROZEN_BETA1 = "beta1 is frozen in the graph; CyclicLR writes lr from the host between replays"
 FROZEN = "lr and beta1 are frozen in the graph"
-
-
-class NotAvailableError(Exception):
-    """A peer cannot do what a case asks; the message says what."""
+FLOAT32_MOMENTS = "one step count per group; float32 moments for bf16 parameters"
 
 
 class Request(NamedTuple):
@@ -45,11 +39,6 @@ class Request(NamedTuple):
     clips: bool = False
     captured: bool = False
 
-    @property
-    def params(self) -> list[torch.nn.Parameter]:
-        """The parameters of all groups."""
-        return [param for group in self.groups for param in group["params"]]
-
 
 @dataclass(frozen=True)
 class Stepper:
@@ -58,7 +47,7 @@ class Stepper:
     Attributes:
         update: Clips and updates. In captured mode, this is what the graph holds.
         schedule: Advances the schedule from the host; None if nothing has to be done there.
-        context: Entered around rounds and warm-up, outside of what is timed.
+        context: Entered around what is timed, and not timed itself: it replaces the launches by nothing.
         keeps: What has to live as long as the callables.
     """
 
@@ -84,7 +73,8 @@ class Peer:
         remark: What it computes differently from Adam + CyclicLR, if anything.
         captured_remark: What it computes differently in a graph.
         requires: A module without which it is missing.
-        compiles: Whether it compiles code for each tensor, which takes minutes beyond MOST_COMPILED of them.
+        needs_cuda: Whether it runs on a GPU alone.
+        compiles: Whether it compiles code for each tensor, which takes minutes for hundreds.
     """
 
     name: str
@@ -92,6 +82,7 @@ class Peer:
     remark: str = ""
     captured_remark: str = ""
     requires: str = "torch"
+    needs_cuda: bool = False
     compiles: bool = False
 
     @property
@@ -101,15 +92,14 @@ class Peer:
 
     def remark_in(self, mode: str) -> str:
         """What is to be said about its results in a mode."""
-        remarks = [self.remark, self.captured_remark if mode == "captured" else ""]
+        remarks = [self.remark, self.captured_remark if mode.startswith("captured") else ""]
         return "; ".join(remark for remark in remarks if remark)
 
 
-def with_clipping(request: Request, step: Callable[[], object]) -> Callable[[], object]:
-    """``step``, after torch's clipping where that is asked for."""
+def _with_clipping(request: Request, step: Callable[[], object]) -> Callable[[], object]:
     if not request.clips:
         return step
-    params = request.params
+    params = [param for group in request.groups for param in group["params"]]
 
     def clip_and_step() -> None:
         torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
@@ -118,84 +108,107 @@ def with_clipping(request: Request, step: Callable[[], object]) -> Callable[[], 
     return clip_and_step
 
 
-def tensor_lr(request: Request) -> torch.Tensor:
-    """A learning rate on the parameters' device, for CyclicLR to write into."""
+def _tensor_lr(request: Request) -> torch.Tensor:
     return torch.tensor(1e-3, dtype=torch.float32, device=request.device)
 
 
-def _torch_pair(request: Request, *, lr_is_tensor: bool = False, **arguments: Any) -> Stepper:
-    if request.captured:
-        arguments.setdefault("capturable", True)
-    lr = tensor_lr(request) if lr_is_tensor else 1e-3
-    optimizer = torch.optim.Adam(request.groups, lr=lr, **arguments)
-    scheduler = CyclicLR(optimizer, **CYCLE)
+def _pair(request: Request, optimizer: torch.optim.Optimizer, lr_is_tensor: bool = False, **cycle: Any) -> Stepper:
+    scheduler = CyclicLR(optimizer, **CYCLE, **cycle)
     # A float lr is a constant of the graph: to write it between replays would change nothing.
-    frozen = request.captured and not lr_is_tensor
-    # Torch's scheduler has wrapped optimizer.step, which fails once the scheduler is gone.
-    return Stepper(with_clipping(request, optimizer.step), None if frozen else scheduler.step, keeps=scheduler)
+    is_frozen = request.captured and not lr_is_tensor
+    # The scheduler has wrapped optimizer.step, which fails once the scheduler is gone.
+    return Stepper(_with_clipping(request, optimizer.step), None if is_frozen else scheduler.step, keeps=scheduler)
 
 
-def _torch_fused(request: Request) -> Stepper:
-    return _torch_pair(request, fused=True)
+def _torch_pair(*, lr_is_tensor: bool = False, **arguments: Any) -> Callable[[Request], Stepper]:
+    def build(request: Request) -> Stepper:
+        lr = _tensor_lr(request) if lr_is_tensor else 1e-3
+        capturable = {"capturable": True} if request.captured else {}
+        return _pair(request, torch.optim.Adam(request.groups, lr=lr, **(capturable | arguments)), lr_is_tensor)
 
-
-def _torch_foreach(request: Request) -> Stepper:
-    return _torch_pair(request, foreach=True)
-
-
-def _torch_capturable(request: Request) -> Stepper:
-    return _torch_pair(request, foreach=True, capturable=True, lr_is_tensor=True)
-
-
-def _torch_fused_tensor_lr(request: Request) -> Stepper:
-    return _torch_pair(request, fused=True, lr_is_tensor=True)
+    return build
 
 
 def _torch_compiled(request: Request) -> Stepper:
     # A tensor lr, or each new value would compile anew; foreach takes one on a GPU alone, and capturable.
     on_gpu = request.device.type == "cuda"
-    optimizer = torch.optim.Adam(request.groups, lr=tensor_lr(request), foreach=on_gpu, capturable=on_gpu)
+    optimizer = torch.optim.Adam(request.groups, lr=_tensor_lr(request), foreach=on_gpu, capturable=on_gpu)
     scheduler = CyclicLR(optimizer, **CYCLE, cycle_momentum=False)
-    compiled = torch.compile(optimizer.step)
-    return Stepper(with_clipping(request, compiled), scheduler.step)
+    return Stepper(_with_clipping(request, torch.compile(optimizer.step)), scheduler.step)
 
 
-def fused_clr_pair(request: Request) -> Stepper:
-    """Our pair. In a graph its schedule needs nothing from the host."""
-    arguments: dict[str, Any] = {}
-    if request.clips:
-        if "max_grad_norm" not in inspect.signature(fused_clr.FusedAdam).parameters:
-            raise NotAvailableError("this version of FusedAdam has no max_grad_norm")
-        arguments["max_grad_norm"] = MAX_GRAD_NORM
-    optimizer = fused_clr.FusedAdam(request.groups, lr=1e-3, **arguments)
+def _fused_clr(request: Request) -> Stepper:
+    clipping: dict[str, Any] = {"max_grad_norm": MAX_GRAD_NORM} if request.clips else {}
+    optimizer = fused_clr.FusedAdam(request.groups, lr=1e-3, **clipping)
     scheduler = fused_clr.CyclicLR(optimizer, **CYCLE)
+    # In a graph, the schedule needs nothing from the host.
     return Stepper(optimizer.step, None if request.captured else scheduler.step, keeps=scheduler)
 
 
-REFERENCE = Peer("torch fused", _torch_fused, captured_remark=FROZEN)
-OURS = Peer("fused-clr", fused_clr_pair)
-TORCH_CAPTURABLE = Peer("torch capturable tensor-lr", _torch_capturable, captured_remark=FROZEN_BETA1)
-TORCH_PEERS = (
-    Peer("torch foreach", _torch_foreach, captured_remark=FROZEN),
-    TORCH_CAPTURABLE,
-    Peer("torch fused tensor-lr", _torch_fused_tensor_lr, captured_remark=FROZEN_BETA1),
-    Peer(
-        "torch.compile",
-        _torch_compiled,
-        remark=f"{NO_MOMENTUM} (a new one would compile anew)",
-        captured_remark="CyclicLR writes lr from the host between replays",
-        compiles=True,
-    ),
+def _fused_clr_without_launches(request: Request) -> Stepper:
+    with package_internals.triton_backend():
+        stepper = _fused_clr(request)
+    return replace(stepper, context=package_internals.launches_nothing)
+
+
+def _torch_without_kernel(request: Request) -> Stepper:
+    return replace(REFERENCE.build(request), context=package_internals.torch_launches_nothing)
+
+
+def _optimi(request: Request) -> Stepper:
+    optimizer = import_module("optimi").Adam(request.groups, lr=1e-3, betas=BETAS, eps=1e-8, kahan_sum=False)
+    return _pair(request, optimizer, cycle_momentum=False)
+
+
+def _fused_adam_of(module: str) -> Callable[[Request], Stepper]:
+    def build(request: Request) -> Stepper:
+        arguments = {"adam_w_mode": False, "capturable": request.captured}
+        optimizer = import_module(module).FusedAdam(request.groups, lr=1e-3, **arguments)
+        return _pair(request, optimizer, lr_is_tensor=request.captured)
+
+    return build
+
+
+def _bitsandbytes(request: Request) -> Stepper:
+    return _pair(request, import_module("bitsandbytes").optim.Adam32bit(request.groups, lr=1e-3))
+
+
+def _heavyball(request: Request) -> Stepper:
+    # It takes the gradients away unless told otherwise.
+    arguments = {"betas": BETAS, "eps": 1e-8, "consume_grad": False}
+    return _pair(request, import_module("heavyball").AdamW(request.groups, lr=1e-3, **arguments))
+
+
+REFERENCE = Peer("torch fused", _torch_pair(fused=True), "", FROZEN)
+OURS = Peer("fused-clr", _fused_clr)
+TORCH_CAPTURABLE = Peer(
+    "torch capturable tensor-lr",
+    _torch_pair(foreach=True, capturable=True, lr_is_tensor=True),
+    captured_remark=FROZEN_BETA1,
+    needs_cuda=True,
 )
-
-
-def all_peers() -> tuple[Peer, ...]:
-    """Every peer, the reference first."""
-    from bench.external_peers import EXTERNAL_PEERS
-
-    return (REFERENCE, OURS, *TORCH_PEERS, *EXTERNAL_PEERS)
-
-
-def find_peers(pattern: str, peers: Iterable[Peer]) -> list[Peer]:
-    """The peers whose name holds a match of ``pattern``, and the reference, without which there is no ratio."""
-    return [peer for peer in peers if peer.name == REFERENCE.name or re.search(pattern, peer.name)]
+OPTIMI = f"{NO_MOMENTUM}; one step count per group; no Kahan sum"
+OPTIMI_CAPTURED = "lr, beta1 and the step count are frozen in the graph"
+COMPILED = f"{NO_MOMENTUM} (a new one would compile anew)"
+COMPILED_CAPTURED = "CyclicLR writes lr from the host between replays"
+BITSANDBYTES = "32-bit moments; one launch per tensor"
+HEAVYBALL = "eps is a lower bound of the root, not added to it; stochastic rounding for bf16; compiled"
+TRANSFORMER_ENGINE = _fused_adam_of("transformer_engine.pytorch.optimizers")
+PEERS = (
+    OURS,
+    Peer("torch foreach", _torch_pair(foreach=True), "", FROZEN),
+    TORCH_CAPTURABLE,
+    Peer("torch fused tensor-lr", _torch_pair(fused=True, lr_is_tensor=True), "", FROZEN_BETA1),
+    Peer("torch.compile", _torch_compiled, COMPILED, COMPILED_CAPTURED, compiles=True),
+    Peer("torch-optimi", _optimi, OPTIMI, OPTIMI_CAPTURED, "optimi"),
+    Peer("apex", _fused_adam_of("apex.optimizers"), FLOAT32_MOMENTS, FROZEN_BETA1, "apex", True),
+    Peer("TransformerEngine", TRANSFORMER_ENGINE, FLOAT32_MOMENTS, FROZEN_BETA1, "transformer_engine", True),
+    Peer("bitsandbytes", _bitsandbytes, BITSANDBYTES, f"{FROZEN}, and so is the step count", "bitsandbytes"),
+    Peer("heavyball", _heavyball, HEAVYBALL, FROZEN, "heavyball", compiles=True),
+)
+# Of host mode on the CPU. On a GPU nothing is replaced.
+WITHOUT_LAUNCHES = "triton backend; its launch, Triton's launcher included, replaced by nothing"
+HOST_PEERS = (
+    Peer(OURS.name, _fused_clr_without_launches, WITHOUT_LAUNCHES),
+    Peer("torch fused without kernel", _torch_without_kernel, "torch._fused_adam_ replaced by nothing"),
+)

@@ -1,4 +1,4 @@
-"""A whole training step captured once and replayed; the schedule goes on in the graph. Without CUDA it runs eagerly.
+"""A whole training step, captured once and replayed; replays follow the schedule. Without CUDA it runs eagerly.
 
 python examples/captured.py --steps 500
 """
@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from fused_clr import FusedAdam, GraphedStep, Monitor, schedules
+from fused_clr import FusedAdam, GraphedStep, schedules
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,15 +31,14 @@ def main() -> None:
         return loss.detach()
 
     graphed = GraphedStep(step, optimizer)
-    monitor = Monitor(optimizer)
     for number in range(steps):
         inputs = torch.randn(64, 8)
         loss = graphed(inputs, inputs.sum(1, keepdim=True))
-        status = monitor.poll()
+        status = optimizer.status(wait=False)
         if status is not None and number % 100 == 0:
             print(f"step {status.schedule_step}: lr {status.lr[0]:.6g}, gradient norm {status.grad_norm:.3g}")
     lr = optimizer.param_groups[0]["lr"]
-    print(f"step {optimizer.schedule_step}, {graphed.num_graphs} graph, loss {float(loss):.4f}, lr {lr:.6g}")
+    print(f"step {optimizer.status().schedule_step}, {graphed.num_graphs} graph, loss {float(loss):.4f}, lr {lr:.6g}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""FSDP2: parameters and Adam state sharded over processes, norms over all, a checkpoint for any number of processes.
+"""FSDP2: sharded parameters and Adam state, a norm over all processes, a checkpoint for any number of processes.
 
 torchrun --nproc-per-node 2 examples/fsdp.py --steps 60 --folder out/fsdp
-torchrun --nproc-per-node 1 examples/fsdp.py --steps 120 --folder out/fsdp     # resumes, with another number
+torchrun --nproc-per-node 1 examples/fsdp.py --steps 120 --folder out/fsdp     # resumes, with one process
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
         optimizer.step()
         scheduler.step()
     dcp.save(state(), storage_writer=dcp.FileSystemWriter(arguments.folder, overwrite=True))
-    norm = float(optimizer.grad_norm)
+    norm = float(optimizer.live.grad_norm)
     if dist.get_rank() == 0:
         print(f"step {scheduler.last_epoch}, lr {scheduler.get_last_lr()[0]:.6g}, gradient norm {norm:.6g}")
     dist.destroy_process_group()

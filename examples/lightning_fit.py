@@ -1,4 +1,4 @@
-"""Lightning: our pair from ``configure_optimizers``, its learning rate logged, checkpoints, resuming.
+"""Lightning: FusedAdam and CyclicLR in ``configure_optimizers``; logs the learning rate, saves checkpoints, resumes.
 
 python examples/lightning_fit.py --steps 60 --folder out/lightning
 python examples/lightning_fit.py --steps 120 --folder out/lightning     # resumes
@@ -32,7 +32,7 @@ class Regression(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = FusedAdam(self.parameters())
         scheduler = CyclicLR(optimizer, base_lr=1e-3, max_lr=1e-2, step_size_up=20, mode="triangular2")
-        # By the step: the schedule's step sizes count optimizer steps.
+        # interval="step": the step sizes of the schedule count optimizer steps.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -1,9 +1,9 @@
-"""A plain loop with two changed imports, logged without a sync, checkpointed and resumable.
+"""A plain training loop with two changed imports: logs without a sync, saves checkpoints, resumes.
 
     python examples/plain.py --steps 200 --folder out/plain
-    python examples/plain.py --steps 400 --folder out/plain     # goes on where it was
+    python examples/plain.py --steps 400 --folder out/plain     # resumes
 
-Writes ``checkpoint.pt``, ``lr.csv`` and, where tensorboard is installed, its event files.
+Writes ``checkpoint.pt``, ``lr.csv`` and, if tensorboard is installed, its event files.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
-from fused_clr import CyclicLR, FusedAdam, Monitor
+from fused_clr import CyclicLR, FusedAdam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch that depends on the step alone, so that a resumed run sees what a straight one does."""
+    """A batch that depends only on the step: a resumed run gets the same batches."""
     generator = torch.Generator().manual_seed(step)
     inputs = torch.randn(64, 8, generator=generator)
     return inputs.to(DEVICE), inputs.prod(1, keepdim=True).sign().to(DEVICE)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint, or leaves the old one: a run killed in the middle must not lose both."""
+    """Writes a checkpoint to another file, then renames it: a killed run keeps the old checkpoint or the new one."""
     unfinished = path.with_suffix(".unfinished")
     torch.save(state, unfinished)
     os.replace(unfinished, path)
@@ -58,7 +58,6 @@ def main() -> None:
         first = checkpoint["step"]
         print(f"resumed at step {first}, lr {scheduler.get_last_lr()[0]:.6g}")
 
-    monitor = Monitor(optimizer)
     writer = make_summary_writer(arguments.folder)
     for step in range(first, arguments.steps):
         inputs, targets = make_batch(step)
@@ -67,8 +66,8 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         scheduler.step()
-        # What has arrived from the device: no sync.
-        status = monitor.poll()
+        # The newest status that has arrived from the device: no sync.
+        status = optimizer.status(wait=False)
         if writer is not None and status is not None:
             for name, value in status.scalars().items():
                 writer.add_scalar(name, value, status.schedule_step)
@@ -85,7 +84,7 @@ def main() -> None:
     if writer is not None:
         writer.close()
 
-    # The last steps as the step itself recorded them, in one copy.
+    # The last steps as the kernel recorded them, in one copy.
     rows = list(optimizer.history().rows())
     if rows:
         with open(arguments.folder / "lr.csv", "w", newline="") as file:
@@ -96,7 +95,7 @@ def main() -> None:
 
 
 def make_summary_writer(folder: Path) -> Any:
-    """A tensorboard writer; None where it is not installed."""
+    """A tensorboard writer; None if tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with our pair in ``optimizers=``, on a tiny GPT-2 with random weights.
+"""Hugging Face's Trainer with FusedAdamW and CyclicLR in ``optimizers=``, on a tiny GPT-2 with random weights.
 
 python examples/trainer.py --steps 60 --folder out/trainer
 python examples/trainer.py --steps 120 --folder out/trainer     # resumes from the last checkpoint
@@ -25,7 +25,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
-    # A sequence that counts up can be learnt.
+    # Sequences that count up, which the model can learn.
     starts = torch.randint(0, 64, (256, 1))
     data = [{"input_ids": ids, "labels": ids} for ids in (starts + torch.arange(16)) % 64]
 

@@ -1,12 +1,11 @@
 """Adam and its cyclical learning rate in one Triton kernel launch per training step."""
 
 from . import schedules, testing
-from .captured import CapturedStep
-from .conversion import fuse, unfuse
-from .graphed_step import GraphedStep
+from .convert import fuse, unfuse
+from .graphs import CapturedStep, GraphedStep
 from .optim import FusedAdam, FusedAdamW
 from .scheduler import CyclicLR
-from .telemetry import History, Monitor, Status
+from .telemetry import History, Live, Status
 
 __all__ = [
     "CapturedStep",
@@ -15,7 +14,7 @@ __all__ = [
     "FusedAdamW",
     "GraphedStep",
     "History",
-    "Monitor",
+    "Live",
     "Status",
     "fuse",
     "schedules",

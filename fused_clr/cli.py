@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: What follows the program's name; the process's own arguments when absent.
+        arguments: Command-line arguments after the program's name; None: those of the process.
 
     Returns:
         The exit code: 0, or 1 with a message when a needed package is missing or a file cannot be written.
@@ -86,7 +86,7 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 def _run_plot(options: argparse.Namespace) -> None:
-    from fused_clr import _plots
+    from fused_clr import plotting
 
     try:
         schedule = Cyclic(
@@ -109,7 +109,7 @@ def _run_plot(options: argparse.Namespace) -> None:
         options.error(f"gamma={options.gamma:g} overflows within {options.steps:,} steps")
     momentum = schedule.momentum(steps) if options.cycle_momentum else None
     title = f"{options.mode}: {options.base_lr:g} to {options.max_lr:g}, {options.step_size_up:g} steps up"
-    _plots.save(_plots.schedule_figure(lr, momentum, title), options.out)
+    plotting.save(plotting.schedule_figure(lr, momentum, title), options.out)
     print(f"{options.steps:,} steps drawn to {options.out}")
 
 
@@ -123,7 +123,7 @@ def _device(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # An allocation is what tells whether a well-formed device exists.
+        # Only an allocation shows whether the device exists.
         device = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from fused_clr import CyclicLR, FusedAdam, _plots
+from fused_clr import CyclicLR, FusedAdam, plotting
 from fused_clr.schedules import Cyclic
 
-# torch's fastest Adam, so that the comparison is with the best it offers; ours takes the argument and needs it not.
+# Torch's fastest Adam (fused=True, see make_pair) and its CyclicLR; ours accept the same arguments.
 PAIRS: dict[str, tuple[Callable[..., Optimizer], Callable[..., LRScheduler]]] = {
     "torch": (torch.optim.Adam, torch.optim.lr_scheduler.CyclicLR),
     "fused-clr": (FusedAdam, CyclicLR),
@@ -39,23 +39,23 @@ STEPS_PER_BLOCK = 50
 
 
 def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed: int) -> None:
-    """Runs both parts, writes their pictures into ``out`` and prints a table of what was found.
+    """Runs both parts, writes their pictures into ``out`` and prints a table of the results.
 
     Args:
         out: Folder of the pictures; made when missing.
-        device: Where the parameters live.
+        device: The device of the parameters.
         schedule_epochs: Length of the classic example, in epochs of 17,000 steps.
         epochs: Passes over the training digits.
-        seed: Decides the first weights and the order of the digits.
+        seed: Seed of the initial weights and of the order of the digits.
     """
     curve, curve_difference = classic_curve(schedule_epochs * CLASSIC_EPOCH)
-    figure = _plots.schedule_figure(curve, None, f"The classic example: triangular2 over {len(curve):,} steps")
-    _plots.save(figure, out / "classic.png")
+    figure = plotting.schedule_figure(curve, None, f"The classic example: triangular2 over {len(curve):,} steps")
+    plotting.save(figure, out / "classic.png")
     lr_difference, parameter_difference = classic_loop(CLASSIC_EPOCH, device)
 
     theirs, ours = train_digits(epochs, device, seed)
-    _plots.save(
-        _plots.training_figure(theirs, ours, f"Handwritten digits, {epochs} epochs on {device}"), out / "digits.png"
+    plotting.save(
+        plotting.training_figure(theirs, ours, f"Handwritten digits, {epochs} epochs on {device}"), out / "digits.png"
     )
     their_update, our_update = time_updates([theirs, ours])
     loss_difference = np.abs(np.subtract(theirs.losses, ours.losses)).max()
@@ -86,7 +86,7 @@ def classic_curve(steps: int) -> tuple[NDArray[np.float64], float]:
     """
     optimizer, scheduler = make_pair("torch", [nn.Parameter(torch.zeros(2, 2))], CLASSIC)
     group = optimizer.param_groups[0]
-    # Without a gradient this updates nothing; torch warns when a scheduler steps before its optimizer ever did.
+    # Without a gradient this updates nothing. Torch warns if a scheduler steps before its optimizer.
     optimizer.step()
     peer = np.empty(steps)
     for step in progress(range(steps), "torch's CyclicLR"):
@@ -100,7 +100,7 @@ def classic_loop(steps: int, device: torch.device) -> tuple[float, float]:
     """The classic example as a training loop of both pairs: largest difference of learning rates and of parameters.
 
     The gradient is 1 everywhere, so that Adam moves each parameter by the learning rate: it ends at minus the sum of
-    the learning rates that were really applied.
+    the learning rates that were applied.
     """
     lrs = {name: np.empty(steps) for name in PAIRS}
     parameters = {name: nn.Parameter(torch.zeros(2, 2, device=device)) for name in PAIRS}
@@ -119,7 +119,7 @@ def classic_loop(steps: int, device: torch.device) -> tuple[float, float]:
 
 @dataclass
 class Training:
-    """One model with its optimizer and scheduler, and what was recorded of its training."""
+    """One model with its optimizer and scheduler, and the records of its training."""
 
     name: str
     model: nn.Module
@@ -133,7 +133,7 @@ class Training:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds for a training step: the median over the epochs, which the first, a warm-up, hardly moves."""
+        """Seconds for a training step: the median over the epochs, since the first one is a warm-up."""
         return median(self.epoch_step_seconds)
 
     def train_epoch(self, images: Tensor, labels: Tensor, batches: Iterable[Tensor]) -> None:
@@ -155,14 +155,14 @@ class Training:
 
     @torch.no_grad()
     def test(self, images: Tensor, labels: Tensor) -> None:
-        """Records the share of images classified rightly."""
+        """Records the fraction of images that are classified correctly."""
         self.accuracies.append(float((self.model(images).argmax(1) == labels).double().mean()))
 
 
 def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training, Training]:
     """Trains one small network twice from the same weights on the same batches: with torch's pair and with ours.
 
-    The two take turns epoch by epoch, so that whatever else the machine does meets both.
+    The two take turns epoch by epoch, so that other work on the machine affects both.
 
     Returns:
         The trainings with torch's pair and with ours.
@@ -194,7 +194,7 @@ def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training
 def time_updates(runs: list[Training]) -> list[float]:
     """Seconds for one ``optimizer.step(); scheduler.step()`` of each run: medians over blocks, the runs in turn.
 
-    Every step applies the gradients of the last batch again, so this is the last thing to do with a model.
+    Every step applies the gradients of the last batch again, so the models are not usable afterwards.
     """
     seconds: dict[str, list[float]] = {training.name: [] for training in runs}
     for block in progress(range(TIMED_BLOCKS), "timing"):
@@ -209,7 +209,7 @@ def time_updates(runs: list[Training]) -> list[float]:
 
 
 def in_turn(runs: list[Training], turn: int) -> list[Training]:
-    """``runs``, in the opposite order at every other turn, so that none is always the one that finds warm caches."""
+    """``runs``, in reverse order at every other turn, so that warm caches favour neither."""
     return runs if turn % 2 == 0 else runs[::-1]
 
 
@@ -229,14 +229,14 @@ def make_pair(name: str, parameters: Iterable[nn.Parameter], schedule: Cyclic) -
 
 
 def make_model(seed: int) -> nn.Module:
-    """A network for 64 pixels and 10 classes, 8,970 parameters; its weights depend on ``seed`` alone."""
+    """A network for 64 pixels and 10 classes, 8,970 parameters; its weights depend only on ``seed``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 class Timer:
-    """``with Timer(device) as timer``: seconds that the block took, the work it queued on ``device`` included."""
+    """``with Timer(device) as timer``: seconds that the block took, including the work it queued on ``device``."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,57 +1,67 @@
-"""Adam and AdamW whose learning rate schedule runs where the update runs."""
+"""Adam and AdamW with the learning rate schedule inside the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import checkpoint
-from .base import FusedOptimizer
-from .hyperparameters import DEFAULT_BETAS, StepOptions, check_hyperparameter, check_options
-from .schedules import Cyclic
-from .step_hooks import call_with_hooks, hooks_wanted
-from .uncompiled import uncompiled
+from ._device.rules.adam import ADAM
+from ._host.optimizer import FusedOptimizer
+from .schedules import Schedule
 
-T = TypeVar("T")
+
+class StepOptions(TypedDict, total=False):
+    """Options of every fused optimizer. They apply to all of its groups.
+
+    Attributes:
+        max_grad_norm: Clip the gradients of all groups to this 2-norm, > 0, as `torch.nn.utils.clip_grad_norm_` does.
+            Takes one more launch and no synchronization. If the norm is inf, finite gradients become 0 and infinite
+            ones NaN; if it is NaN, all become NaN; see ``skip_if_nonfinite``. ``math.inf`` computes the norm without
+            clipping. None, the default, does neither.
+        skip_if_nonfinite: Skip a step whose norm is not finite. Needs ``max_grad_norm``. Default False. With
+            GradScaler such steps are always skipped.
+        write_back_grads: Write unscaled and clipped gradients back into ``grad``, as torch does. Default False.
+        advance_schedule_on_skip: A skipped step still advances the schedule, as in torch's loop. Default False.
+        history_size: Steps that `FusedOptimizer.history` keeps, >= 0; each takes 64 bytes per group on the device.
+            Default 256.
+    """
+
+    max_grad_norm: float | None
+    skip_if_nonfinite: bool
+    write_back_grads: bool
+    advance_schedule_on_skip: bool
+    history_size: int
 
 
 class FusedAdam(FusedOptimizer):
-    r"""Adam with the learning rate schedule inside the step: one kernel launch updates every parameter and ticks.
+    r"""Adam with the learning rate schedule inside the step: one kernel launch updates every parameter.
 
     The algorithm of Kingma & Ba 2015 (arXiv:1412.6980, algorithm 1), with the arguments of `torch.optim.Adam`.
 
     Args:
         params: Parameters, named parameters or dicts of param groups, as torch takes them. Dense tensors of dtype
             float16, bfloat16, float32, float64 or complex.
-        lr: Learning rate, >= 0; a 1-element tensor is read at every step. Without effect in a scheduled group.
-        betas: Decay rates of the moments, each in [0, 1). A schedule that cycles momentum drives the first.
-            1-element tensors are read when they are set.
+        lr: Learning rate, >= 0; a 1-element tensor is read at every step. Has no effect in a scheduled group.
+        betas: Decay rates of the moments, each in [0, 1). A schedule that cycles momentum sets the first.
+            1-element tensors are read when ``betas`` is set.
         eps: Added to the denominator, >= 0.
         weight_decay: L2 penalty, >= 0; decoupled (arXiv:1711.05101) with ``decoupled_weight_decay``.
         amsgrad: Divide by the largest second moment so far (Reddi et al. 2018).
-        foreach: Accepted and without effect: there is one implementation.
+        foreach: Accepted for compatibility with torch; has no effect.
         maximize: Ascend instead of descend.
-        capturable: Accepted and without effect: every step can be captured.
+        capturable: Accepted; has no effect: every step can be captured.
         differentiable: Must be False.
-        fused: Accepted and without effect: every step is fused.
-        decoupled_weight_decay: Decay the parameter and not the gradient, as AdamW does.
-        schedule: A value from `fused_clr.schedules` for every group without one of its own; None keeps ``lr``
-            constant. A param group may hold a ``schedule`` too. Each step advances all schedules by one.
-        max_grad_norm: Clip the gradients of all groups to this 2-norm, > 0, as `torch.nn.utils.clip_grad_norm_` does:
-            in one more launch and without a sync. A norm of inf makes them 0 (and infinite ones NaN), a norm of NaN
-            makes them NaN, unless ``skip_nonfinite``. ``math.inf`` measures and does not clip; None does neither.
-        skip_nonfinite: Skip a step whose norm is not finite. Needs ``max_grad_norm``. Under GradScaler such steps are
-            skipped anyway.
-        store_grads: Write unscaled and clipped gradients back, as torch does; else ``grad`` stays as it was.
-        advance_on_skip: A skipped step advances the schedule all the same, as torch's pair does; else it stands still.
-        history_size: Steps that `history` keeps, >= 0; each takes 64 bytes per group on the device.
+        fused: Accepted; has no effect: every step is fused.
+        decoupled_weight_decay: Decay the parameter instead of the gradient, as AdamW does.
+        schedule: A value from `fused_clr.schedules` for every group without its own; None keeps ``lr`` constant. A
+            param group may hold a ``schedule`` too. Each step advances all schedules by one.
+        options: See `StepOptions`.
 
     Raises:
-        ValueError: An argument is outside what is stated above; the message names it, its value and what is allowed.
-        TypeError: ``schedule`` is no schedule, or ``params`` no iterable of tensors.
+        ValueError: An argument is not allowed; the message names it, its value and the allowed values.
+        TypeError: ``schedule`` is not a schedule, ``params`` is not an iterable of tensors, or an option is unknown.
 
     Example:
         >>> from fused_clr.schedules import Cyclic
@@ -63,14 +73,13 @@ class FusedAdam(FusedOptimizer):
         0.2
     """
 
-    # GradScaler leaves scale and overflow to the step, which then neither updates nor ticks.
-    _step_supports_amp_scaling = True
+    RULE = ADAM
 
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = DEFAULT_BETAS,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
         amsgrad: bool = False,
@@ -81,15 +90,9 @@ class FusedAdam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        schedule: Cyclic | None = None,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        store_grads: bool = False,
-        advance_on_skip: bool = False,
-        history_size: int = 256,
+        schedule: Schedule | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
-        options = StepOptions(max_grad_norm, skip_nonfinite, store_grads, advance_on_skip, history_size)
-        self._options = check_options(options)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -102,88 +105,8 @@ class FusedAdam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "schedule": schedule,
         }
-        for name, value in defaults.items():
-            defaults[name] = check_hyperparameter(name, value)
-        self._start_fresh()
-        super().__init__(params, defaults)
-
-    # -- the step -----------------------------------------------------------------------------------------------------
-    @uncompiled("a fused step is one launch already; host code checks its addresses")
-    def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
-        """Updates all parameters that have a gradient, and advances the schedule by one.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-
-        Returns:
-            What ``closure`` returned, or None.
-
-        Raises:
-            RuntimeError: A gradient is sparse, or on another device, or of another shape or kind than its parameter.
-                The message names the parameter; nothing has been updated.
-        """
-        if hooks_wanted(self):
-            out: T | None = call_with_hooks(FusedAdam._step, self, (self,) if closure is None else (self, closure))
-            return out
-        return self._step(closure)
-
-    # Torch would wrap a step that does not say it runs the hooks itself, at 5.7 us a call.
-    step.hooked = True  # type: ignore[attr-defined]
-
-    def _step(self, closure: Callable[[], T] | None = None) -> T | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        grad_enabled = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
-            self._engines.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        finally:
-            torch._C._set_grad_enabled(grad_enabled)
-        if self._scheduler_token:
-            self._awaits_scheduler = True
-            self._steps_since_scheduler += 1
-        return loss
-
-    # -- checkpoints, copies and pickles ------------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state in torch's format, loadable by `torch.optim.Adam`; see `fused_clr.checkpoint`."""
-        return checkpoint.optimizer_state_dict(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class or of `torch.optim.Adam`, in place.
-
-        Args:
-            state_dict: What ``state_dict()`` gave. Not changed.
-
-        Raises:
-            ValueError: It is corrupt or of other parameters; nothing has been loaded.
-        """
-        checkpoint.load_optimizer_state_dict(self, state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "defaults": self.defaults,
-            "state": {param: {**entry, "step": entry["step"].clone()} for param, entry in self.state.items() if entry},
-            "param_groups": [{key: group.stored(key) for key in group} for group in self.param_groups],
-            "options": self._options,
-            "schedule_step": self.schedule_step,
-            "counts": self._engines.counts(),
-            "update_steps": list(self._engines.update_steps().items()),
-            "scheduler_token": self._scheduler_token,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._options = state.pop("options")
-        self._start_fresh(state.pop("schedule_step"), dict(state.pop("update_steps")), state.pop("counts"))
-        self._scheduler_token = state.pop("scheduler_token")
-        self.state = state.pop("state")
-        groups = state.pop("param_groups")
-        super().__setstate__(state)
-        self.param_groups = [self._make_group(group) for group in groups]
+        super().__init__(params, defaults, schedule, options)
 
 
 class FusedAdamW(FusedAdam):
@@ -201,9 +124,9 @@ class FusedAdamW(FusedAdam):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = DEFAULT_BETAS,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
@@ -213,12 +136,8 @@ class FusedAdamW(FusedAdam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        schedule: Cyclic | None = None,
-        max_grad_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        store_grads: bool = False,
-        advance_on_skip: bool = False,
-        history_size: int = 256,
+        schedule: Schedule | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         super().__init__(
             params,
@@ -234,9 +153,5 @@ class FusedAdamW(FusedAdam):
             fused=fused,
             decoupled_weight_decay=True,
             schedule=schedule,
-            max_grad_norm=max_grad_norm,
-            skip_nonfinite=skip_nonfinite,
-            store_grads=store_grads,
-            advance_on_skip=advance_on_skip,
-            history_size=history_size,
+            **options,
         )

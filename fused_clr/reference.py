@@ -2,58 +2,86 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .schedules import Cyclic
+from .schedules import Part, Schedule, Shape
 
 
-def exact_height_and_scale(schedule: Cyclic, step: int) -> tuple[Fraction, Fraction]:
-    """The triangle's height and its scale at ``step``, without rounding (Smith 2017, arXiv:1506.01186, sec. 3).
+def exact_lr(schedule: Schedule, step: int) -> Fraction:
+    """The learning rate at ``step`` without rounding.
 
     Args:
-        schedule: A schedule without ``scale_fn``. Float step sizes stand for the rationals they are.
-        step: Updates already applied, >= 0. For exp_range the cost grows with it.
-
-    Returns:
-        Height in [0, 1]; scale.
+        schedule: A schedule without ``scale_fn``, of segments that are CONSTANT or LINEAR. Floats are taken as
+            exact rationals.
+        step: Updates already applied, >= 0. Where the amplitude is scaled per step, the cost grows with it.
 
     Raises:
-        ValueError: The schedule has a ``scale_fn``.
-    """
-    if schedule.scale_fn is not None:
-        raise ValueError("a scale_fn has no exact value")
-    up, down = Fraction(schedule.step_size_up), Fraction(schedule.step_size_down or schedule.step_size_up)
-    cycle, phase = divmod(Fraction(step), up + down)
-    height = phase / up if phase <= up else (up + down - phase) / down
-    if schedule.mode == "triangular2":
-        # Nothing that a float64 can tell from 0 is left after 4,096 halvings; Python cannot hold 2**(2**50) either.
-        return height, Fraction(1, 2 ** int(cycle)) if cycle < 4096 else Fraction(0)
-    if schedule.mode == "exp_range":
-        return height, Fraction(schedule.gamma) ** step
-    return height, Fraction(1)
-
-
-def exact_lr(schedule: Cyclic, step: int) -> Fraction:
-    """The learning rate at ``step`` without rounding. Arguments as for `exact_height_and_scale`.
+        ValueError: The value at ``step`` is not rational, or depends on a ``scale_fn``.
 
     Example:
+        >>> from fused_clr.schedules import Cyclic
         >>> exact_lr(Cyclic(0.25, 1.0, step_size_up=4), 2)
         Fraction(5, 8)
     """
-    height, scale = exact_height_and_scale(schedule, step)
-    base_lr = Fraction(schedule.base_lr)
-    return base_lr + (Fraction(schedule.max_lr) - base_lr) * height * scale
+    part, step_of_part = _find_part(schedule, step)
+    index, progress, cycle = _find_segment(part, step_of_part)
+    first, last = map(Fraction, part.segments[index].lr)
+    about = Fraction(part.scaling.about_lr)
+    return about + (first + (last - first) * progress - about) * _scale(part, step_of_part, cycle)
 
 
-def exact_momentum(schedule: Cyclic, step: int) -> Fraction:
-    """The momentum at ``step`` without rounding. Arguments as for `exact_height_and_scale`."""
-    height, scale = exact_height_and_scale(schedule, step)
-    max_momentum = Fraction(schedule.max_momentum)
-    return max_momentum - (max_momentum - Fraction(schedule.base_momentum)) * height * scale
+def exact_momentum(schedule: Schedule, step: int) -> Fraction:
+    """The momentum at ``step`` without rounding. Arguments as for `exact_lr`.
+
+    Raises:
+        ValueError: As `exact_lr`, or the schedule does not set the momentum.
+    """
+    part, step_of_part = _find_part(schedule, step)
+    index, progress, cycle = _find_segment(part, step_of_part)
+    momentum = part.segments[index].momentum
+    if momentum is None:
+        raise ValueError(f"the schedule leaves the momentum alone at step {step}")
+    first, last = map(Fraction, momentum)
+    about = Fraction(part.scaling.about_momentum)
+    return about + (first + (last - first) * progress - about) * _scale(part, step_of_part, cycle)
+
+
+def _find_part(schedule: Schedule, step: int) -> tuple[Part, int]:
+    """The part at ``step``, and the step of the part; past the end of the part, the step of its end."""
+    part = [part for part in schedule.parts() if part.start <= step][-1]
+    step -= part.start
+    return part, step if part.repeats else min(step, math.ceil(_period(part)))
+
+
+def _find_segment(part: Part, step: int) -> tuple[int, Fraction, int]:
+    """The segment at a step of a part, the fraction of it that is done, and the cycle, counted from 0."""
+    cycle, phase = divmod(Fraction(step), _period(part)) if part.repeats else (0, min(Fraction(step), _period(part)))
+    index = 0
+    # The last segment has no successor: its end belongs to it.
+    while index < len(part.segments) - 1 and phase >= Fraction(part.segments[index].steps):
+        phase -= Fraction(part.segments[index].steps)
+        index += 1
+    segment = part.segments[index]
+    if segment.shape not in (Shape.CONSTANT, Shape.LINEAR):
+        raise ValueError(f"only CONSTANT and LINEAR segments have exact values, got {segment.shape!r}")
+    return index, phase / Fraction(segment.steps), int(cycle)
+
+
+def _period(part: Part) -> Fraction:
+    return sum((Fraction(segment.steps) for segment in part.segments), Fraction(0))
+
+
+def _scale(part: Part, step: int, cycle: int) -> Fraction:
+    if part.scaling.scale_fn is not None:
+        raise ValueError("a scale_fn has no exact value")
+    factor, count = Fraction(part.scaling.factor), step if part.scaling.per == "step" else cycle
+    # After 4,096 halvings the value is below every positive float64. Python cannot compute 2**(2**50) exactly.
+    return Fraction(0) if factor <= Fraction(1, 2) and count >= 4096 else factor**count
 
 
 class ReferenceState(NamedTuple):

@@ -11,11 +11,12 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 
-from .checkpoint import function_name, warn_unsaved
-from .hyperparameters import check_schedule_step
-from .optim import FusedAdam
-from .schedules import Cyclic, is_triton_function
-from .uncompiled import uncompiled
+from ._host.hyperparameters import check_schedule_step
+from ._host.optimizer import FusedOptimizer
+from ._torch_internals import uncompiled
+from .schedules import Cyclic
+from .schedules.base import function_name
+from .schedules.parts import host_function, is_triton_function
 
 # Optimizer steps per scheduler step from which a loop looks like one that steps its scheduler once an epoch.
 STEPS_PER_CALL_LIMIT = 8
@@ -24,10 +25,14 @@ STEPS_PER_CALL_LIMIT = 8
 class CyclicLR(LRScheduler):
     """Cyclical learning rate policy (Smith 2017, arXiv:1506.01186); `torch.optim.lr_scheduler.CyclicLR`'s arguments.
 
-    The optimizer ticks the schedule in its own step. ``scheduler.step()`` is for loops that have it: after an
-    ``optimizer.step()`` it is free, and without one it ticks, so the learning rates are torch's either way. Once a step
-    has been captured in a CUDA graph, the device drives and it never ticks. For a per-epoch schedule, multiply the step
-    sizes by the batches of an epoch.
+    The optimizer's step advances the schedule. Calling ``scheduler.step()`` is optional: after an ``optimizer.step()``
+    it does no work on the device; without one it advances the schedule. The learning rates are torch's in both cases.
+    While the optimizer has captured steps, ``scheduler.step()`` never advances the schedule. For a schedule per epoch,
+    multiply the step sizes by the number of batches in an epoch.
+
+    Torch's attributes (``base_lrs``, ``max_lrs``, ``mode`` and so on) read the schedules of the optimizer's groups. The
+    four lists of bounds can be assigned, whole or by entry; the others
+    cannot be assigned.
 
     Args:
         optimizer: A `FusedAdam` or `FusedAdamW`.
@@ -43,16 +48,16 @@ class CyclicLR(LRScheduler):
         base_momentum: Lower bound of beta1, or a list.
         max_momentum: Upper bound of beta1, or a list.
         last_epoch: The last step when resuming, or -1.
-        horizon: See `fused_clr.schedules.Cyclic`; not one of torch's.
+        total_steps: See `fused_clr.schedules.Cyclic`; not one of torch's.
 
     Raises:
-        TypeError: ``optimizer`` is no `FusedAdam`.
+        TypeError: ``optimizer`` is not a fused optimizer.
         ValueError: An argument is not allowed, or a list's length is not the number of groups.
         KeyError: ``last_epoch`` is given and a group has no ``initial_lr``.
 
     Example:
-        >>> import torch
-        >>> optimizer = FusedAdam([torch.nn.Parameter(torch.ones(2))])
+        >>> import fused_clr, torch
+        >>> optimizer = fused_clr.FusedAdam([torch.nn.Parameter(torch.ones(2))])
         >>> scheduler = CyclicLR(optimizer, 0.1, 0.5, step_size_up=2, cycle_momentum=False)
         >>> scheduler.get_last_lr()
         [0.1]
@@ -75,9 +80,9 @@ class CyclicLR(LRScheduler):
         base_momentum: float | Sequence[float] = 0.8,
         max_momentum: float | Sequence[float] = 0.9,
         last_epoch: int = -1,
-        horizon: int | None = None,
+        total_steps: int | None = None,
     ) -> None:
-        if not isinstance(optimizer, FusedAdam):
+        if not isinstance(optimizer, FusedOptimizer):
             raise TypeError(
                 f"optimizer must be a FusedAdam or FusedAdamW, got {type(optimizer).__name__}; "
                 "torch.optim.lr_scheduler.CyclicLR drives torch's optimizers"
@@ -101,7 +106,7 @@ class CyclicLR(LRScheduler):
                 ("max_momentum", max_momentum),
             )
         }
-        self._schedules = [
+        schedules = [
             Cyclic(
                 step_size_up=step_size_up,
                 step_size_down=step_size_down,
@@ -110,55 +115,171 @@ class CyclicLR(LRScheduler):
                 scale_fn=scale_fn,
                 scale_mode=scale_mode,
                 cycle_momentum=cycle_momentum,
-                horizon=horizon,
+                total_steps=total_steps,
                 **{name: values[index] for name, values in per_group.items()},
             )
             for index in range(num_groups)
         ]
-        self._attach(optimizer, last_epoch + 1)
+        self._attach(optimizer, schedules, last_epoch + 1)
 
     @classmethod
-    def _of_schedules(cls, optimizer: FusedAdam, schedules: Sequence[Cyclic], step: int) -> CyclicLR:
-        """A scheduler of given schedules, one per group, at a step of theirs."""
+    def _of_schedules(cls, optimizer: FusedOptimizer, schedules: Sequence[Cyclic], step: int) -> CyclicLR:
+        """A scheduler with the given schedules, one per group, at the given schedule step."""
         scheduler = cls.__new__(cls)
-        scheduler._schedules = list(schedules)
-        scheduler._attach(optimizer, step)
+        scheduler._attach(optimizer, schedules, step)
         return scheduler
 
-    def _attach(self, optimizer: FusedAdam, step: int) -> None:
+    def _attach(self, optimizer: FusedOptimizer, schedules: Sequence[Cyclic], step: int) -> None:
         self.optimizer = optimizer
         self._step_count = 1
         self._warned = False
-        self._token = optimizer._attach_schedules(self._schedules, step)
+        self._num_groups = len(schedules)
+        self._token = optimizer._attach_scheduler(schedules, step)
 
     @property
-    def _fused(self) -> FusedAdam:
+    def _fused(self) -> FusedOptimizer:
         optimizer = self.optimizer
-        assert isinstance(optimizer, FusedAdam)
+        assert isinstance(optimizer, FusedOptimizer)
         if optimizer._scheduler_token != self._token:
-            raise RuntimeError("this CyclicLR no longer drives its optimizer: a later one was made for it")
+            raise RuntimeError("this CyclicLR no longer drives its optimizer: a later one was created for it")
         return optimizer
 
     @property
     def schedules(self) -> list[Cyclic]:
-        """One schedule per group."""
-        return list(self._schedules)
+        """The schedules of the groups that this scheduler drives.
+
+        Raises:
+            RuntimeError: A group has been given another kind of schedule, or none.
+        """
+        schedules = [group.schedule for group in self._fused.param_groups[: self._num_groups]]
+        for index, schedule in enumerate(schedules):
+            if not isinstance(schedule, Cyclic):
+                raise RuntimeError(
+                    f"CyclicLR no longer drives param_groups[{index}]: its schedule is now {schedule!r}, and must be a "
+                    "Cyclic"
+                )
+        return schedules  # type: ignore[return-value]
+
+    def _replace(self, **columns: Any) -> None:
+        """Replaces fields of all schedules: lists with one value per group, checked before any is replaced."""
+        per_group = {name: _per_group(name + "s", value, self._num_groups) for name, value in columns.items()}
+        self._set_schedules(
+            [
+                dataclasses.replace(schedule, **{name: values[index] for name, values in per_group.items()})
+                for index, schedule in enumerate(self.schedules)
+            ]
+        )
+
+    def _set_schedules(self, schedules: Sequence[Cyclic]) -> None:
+        # The scheduler does not drive groups added after it was created.
+        others = [group.schedule for group in self._fused.param_groups[self._num_groups :]]
+        awaits_scheduler = self._fused._awaits_scheduler
+        self._fused.set_schedule([*schedules, *others])
+        self._fused._awaits_scheduler = awaits_scheduler
+
+    @property
+    def _common(self) -> Cyclic:
+        """The first schedule, for what all groups have in common."""
+        return check_common(self.schedules)
+
+    # -- torch's attributes -------------------------------------------------------------------------------------------
+    @property  # type: ignore[override]
+    def base_lrs(self) -> list[float]:
+        """Lower bound of each group's learning rate."""
+        return _Bounds(self, "base_lr")
+
+    @base_lrs.setter
+    def base_lrs(self, value: Sequence[Any]) -> None:
+        self._replace(base_lr=value)
+
+    @property
+    def max_lrs(self) -> list[float]:
+        """Upper bound of each group's learning rate."""
+        return _Bounds(self, "max_lr")
+
+    @max_lrs.setter
+    def max_lrs(self, value: Sequence[float]) -> None:
+        self._replace(max_lr=value)
+
+    @property
+    def base_momentums(self) -> list[float]:
+        """Lower bound of each group's momentum."""
+        return _Bounds(self, "base_momentum")
+
+    @base_momentums.setter
+    def base_momentums(self, value: Sequence[float]) -> None:
+        self._replace(base_momentum=value)
+
+    @property
+    def max_momentums(self) -> list[float]:
+        """Upper bound of each group's momentum."""
+        return _Bounds(self, "max_momentum")
+
+    @max_momentums.setter
+    def max_momentums(self, value: Sequence[float]) -> None:
+        self._replace(max_momentum=value)
+
+    @property
+    def mode(self) -> str:
+        """One of "triangular", "triangular2" and "exp_range"."""
+        return self._common.mode
+
+    @property
+    def gamma(self) -> float:
+        """Base of exp_range."""
+        return self._common.gamma
+
+    @property
+    def scale_mode(self) -> str:
+        """What ``scale_fn`` is given: "cycle" or "iterations"."""
+        return self._common.scale_mode
+
+    @property
+    def cycle_momentum(self) -> bool:
+        """Whether the momentum cycles."""
+        return self._common.cycle_momentum
+
+    @property
+    def use_beta1(self) -> bool:
+        """Whether the momentum that cycles is ``betas[0]``."""
+        return self._fused.rule.momentum_key == "betas"
+
+    @property
+    def total_size(self) -> float:
+        """Steps of a cycle."""
+        return float(self._common.step_size_up) + float(self._common.step_size_down or 0)
+
+    @property
+    def step_ratio(self) -> float:
+        """Share of a cycle in which the learning rate rises."""
+        return float(self._common.step_size_up) / self.total_size
+
+    @property
+    def scale_fn(self) -> Callable[[float], float]:
+        """What the height of the wave is multiplied by: a function of the cycle, counted from 1, or of the step."""
+        schedule = self._common
+        if schedule.scale_fn is not None:
+            function = host_function(schedule.scale_fn)
+            return lambda x: float(function(x))
+        if schedule.mode == "exp_range":
+            return lambda x: float(schedule.gamma**x)
+        return (lambda x: float(0.5 ** (x - 1))) if schedule.mode == "triangular2" else (lambda x: 1.0)
 
     @property
     def last_epoch(self) -> int:  # type: ignore[override]
         """Steps of the schedule so far, as torch counts them. Waits for the device."""
         optimizer = self._fused
-        return optimizer.schedule_step - optimizer._awaits_scheduler
+        return int(optimizer.live.schedule_step) - optimizer._awaits_scheduler
 
-    @uncompiled("the schedule runs inside the optimizer's step")
+    @uncompiled
     def step(self, epoch: int | None = None) -> None:
-        """Ticks the schedule, unless the optimizer's step has done so already.
+        """Advances the schedule, unless the optimizer's step has done so already.
 
         Args:
             epoch: Deprecated, as in torch: sets ``last_epoch``.
 
         Raises:
-            RuntimeError: Another `CyclicLR` was made for the optimizer since.
+            RuntimeError: A newer `CyclicLR` was created for the optimizer.
         """
         optimizer = self._fused
         self._step_count += 1
@@ -179,36 +300,37 @@ class CyclicLR(LRScheduler):
         else:
             optimizer._tick()
 
-    @uncompiled("a learning rate is read from where the schedule runs")
+    @uncompiled
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
-        """The groups' learning rates, as plain floats. Waits for the device."""
-        return [group["lr"] for group in self._fused.param_groups]
+        """The groups' learning rates, as floats. One copy from the device, for all groups."""
+        optimizer = self._fused
+        with optimizer._one_copy():
+            return [group["lr"] for group in optimizer.param_groups]
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
-        """As `get_last_lr`: the device has worked out what is asked for."""
+        """The same as `get_last_lr`: the device has already computed the values."""
         return self.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's state with torch's keys, loadable by torch's CyclicLR."""
-        first = self._schedules[0]
-        up, down = float(first.step_size_up), float(first.step_size_down or 0)
+        first = self._common
         saved_function = None
         if first.scale_fn is not None:
-            # Torch saves the attributes of a callable object, and nothing of a function.
+            # Torch saves the attributes of a callable object. Of a function it saves nothing.
             is_function = isinstance(first.scale_fn, types.FunctionType) or is_triton_function(first.scale_fn)
             if is_function or not hasattr(first.scale_fn, "__dict__"):
-                warn_unsaved(first.scale_fn)
+                first.to_dict(stacklevel=2)
             else:
                 saved_function = dict(first.scale_fn.__dict__)
         state = {
-            "max_lrs": [schedule.max_lr for schedule in self._schedules],
-            "total_size": up + down,
-            "step_ratio": up / (up + down),
+            "max_lrs": list(self.max_lrs),
+            "total_size": self.total_size,
+            "step_ratio": self.step_ratio,
             "mode": first.mode,
             "gamma": first.gamma,
             "scale_mode": first.scale_mode,
             "cycle_momentum": first.cycle_momentum,
-            "base_lrs": [schedule.base_lr for schedule in self._schedules],
+            "base_lrs": list(self.base_lrs),
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
             "_is_initial": False,
@@ -220,40 +342,39 @@ class CyclicLR(LRScheduler):
             "scale_fn_name": None if first.scale_fn is None else function_name(first.scale_fn),
         }
         if first.cycle_momentum:
-            state["use_beta1"] = True
-            state["base_momentums"] = [schedule.base_momentum for schedule in self._schedules]
-            state["max_momentums"] = [schedule.max_momentum for schedule in self._schedules]
+            state["use_beta1"] = self.use_beta1
+            state["base_momentums"] = list(self.base_momentums)
+            state["max_momentums"] = list(self.max_momentums)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads a state of this class or of torch's CyclicLR: bounds, step sizes, mode and ``last_epoch``.
+        """Loads a state_dict of this class or of torch's CyclicLR: bounds, step sizes, mode and ``last_epoch``.
 
         Args:
-            state_dict: What ``state_dict()`` gave. Not changed.
+            state_dict: What ``state_dict()`` returned. Not changed.
 
         Raises:
-            ValueError: It is corrupt, of another number of groups, or needs a ``scale_fn`` that is not here. Nothing
-                has been loaded.
+            ValueError: It is corrupt, has another number of groups, or needs a ``scale_fn`` that this scheduler does
+                not have. Nothing has been loaded.
         """
-        optimizer = self._fused
+        optimizer, present = self._fused, self.schedules
         needed = {"base_lrs", "max_lrs", "total_size", "step_ratio", "mode", "gamma", "scale_mode", "last_epoch"}
         missing = needed - set(state_dict)
         if missing:
             raise ValueError(f"state_dict is not that of a CyclicLR: it has no {sorted(missing)}")
-        scale_fn = self._schedules[0].scale_fn
+        scale_fn = present[0].scale_fn
         saved_name = state_dict.get("scale_fn_name")
         if (saved_name is not None or state_dict.get("_scale_fn_custom") is not None) and scale_fn is None:
             raise ValueError(
-                f"state_dict was saved with the scale_fn {saved_name!r}, which a checkpoint cannot hold: construct "
+                f"state_dict was saved with the scale_fn {saved_name!r}, which a checkpoint cannot hold: create "
                 "this CyclicLR with that scale_fn before loading"
             )
-        step_size_up, step_size_down = self._loaded_step_sizes(state_dict)
-        num_groups = len(self._schedules)
+        step_size_up, step_size_down = _loaded_step_sizes(state_dict, present[0])
         columns = {"base_lr": "base_lrs", "max_lr": "max_lrs"}
         if state_dict.get("cycle_momentum"):
             columns |= {"base_momentum": "base_momentums", "max_momentum": "max_momentums"}
         per_group = {
-            name: _per_group(f"state_dict[{key!r}]", state_dict.get(key), num_groups) for name, key in columns.items()
+            name: _per_group(f"state_dict[{key!r}]", state_dict.get(key), len(present)) for name, key in columns.items()
         }
         schedules = [
             dataclasses.replace(
@@ -266,33 +387,68 @@ class CyclicLR(LRScheduler):
                 cycle_momentum=state_dict.get("cycle_momentum", False),
                 **{name: values[index] for name, values in per_group.items()},
             )
-            for index, schedule in enumerate(self._schedules)
+            for index, schedule in enumerate(present)
         ]
         last_epoch = check_schedule_step("state_dict['last_epoch']", state_dict["last_epoch"])
         optimizer.set_schedule_step(last_epoch)
         if state_dict.get("_scale_fn_custom") is not None and scale_fn is not None:
             scale_fn.__dict__.update(state_dict["_scale_fn_custom"])
-        self._schedules = schedules
         self._step_count = state_dict.get("_step_count", self._step_count)
-        # Groups added after the scheduler was made are not its own.
-        others = [group.schedule for group in optimizer.param_groups[num_groups:]]
-        optimizer.set_schedule([*schedules, *others])
+        self._set_schedules(schedules)
 
-    def _loaded_step_sizes(self, state_dict: Mapping[str, Any]) -> tuple[float, float]:
-        """The step sizes that a state means. Torch's keeps a rounded ratio, from which whole steps are recovered."""
-        if "step_sizes" in state_dict:
-            up, down = state_dict["step_sizes"]
-            return up, down
-        total, ratio = float(state_dict["total_size"]), float(state_dict["step_ratio"])
-        own = self._schedules[0]
-        own_up, own_down = float(own.step_size_up), float(own.step_size_down or 0)
-        if (own_up + own_down, own_up / (own_up + own_down)) == (total, ratio):
-            return own_up, own_down
-        return recover_step_sizes(total, ratio)
+
+# What torch's CyclicLR has once for all groups, and our schedules for each.
+COMMON_FIELDS = ("step_size_up", "step_size_down", "mode", "gamma", "scale_fn", "scale_mode", "cycle_momentum")
+
+
+def check_common(schedules: Sequence[Cyclic]) -> Cyclic:
+    """The first of some schedules that differ in their bounds alone.
+
+    Raises:
+        ValueError: They differ in something else, which a CyclicLR of torch cannot express; the message names it.
+    """
+    first = schedules[0]
+    for index, schedule in enumerate(schedules):
+        for field in COMMON_FIELDS:
+            if getattr(schedule, field) != getattr(first, field):
+                raise ValueError(
+                    f"param_groups[{index}] has {field}={getattr(schedule, field)!r} and param_groups[0] "
+                    f"{getattr(first, field)!r}: torch's CyclicLR has one for all groups"
+                )
+    return first
+
+
+class _Bounds(list[Any]):
+    """One bound of each group. Assigning an entry replaces the group's schedule."""
+
+    def __init__(self, scheduler: CyclicLR, field: str) -> None:
+        super().__init__(getattr(schedule, field) for schedule in scheduler.schedules)
+        self._scheduler, self._field = scheduler, field
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        changed = list(self)
+        changed[index] = value
+        self._scheduler._replace(**{self._field: changed})
+        super().__setitem__(index, value)
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
+def _loaded_step_sizes(state_dict: Mapping[str, Any], present: Cyclic) -> tuple[float, float]:
+    """The step sizes in a state_dict. Torch saves a rounded ratio; integer step sizes are recovered from it."""
+    if "step_sizes" in state_dict:
+        up, down = state_dict["step_sizes"]
+        return up, down
+    total, ratio = float(state_dict["total_size"]), float(state_dict["step_ratio"])
+    own_up, own_down = float(present.step_size_up), float(present.step_size_down or 0)
+    if (own_up + own_down, own_up / (own_up + own_down)) == (total, ratio):
+        return own_up, own_down
+    return recover_step_sizes(total, ratio)
 
 
 def recover_step_sizes(total_size: float, step_ratio: float) -> tuple[float, float]:
-    """The step sizes up and down of which torch's CyclicLR keeps the sum and a rounded ratio."""
+    """The step sizes up and down; torch's CyclicLR stores only their sum and a rounded ratio."""
     up = total_size * step_ratio
     if abs(up - round(up)) <= 1e-9 * total_size:
         up = round(up)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .backends import launch as _launch
+from ._device import launch as _launch
 
 
 class RecordedGraph:
-    """The launches made while recording. ``len(graph)`` counts them; ``replay()`` runs them and nothing else."""
+    """Recorded launches. ``len(graph)`` is their number; ``replay()`` runs them and nothing else."""
 
     def __init__(self) -> None:
         self._launches: list[_launch.Launch] = []
@@ -20,7 +20,7 @@ class RecordedGraph:
     def replay(self) -> None:
         """Runs the recorded launches once more, with no other host code, as ``torch.cuda.CUDAGraph.replay`` does."""
         for launch in self._launches:
-            _launch.run(launch, _launch.compile_launch(launch))
+            _launch.run(launch)
 
 
 @contextmanager
@@ -28,9 +28,9 @@ def record_launches() -> Iterator[RecordedGraph]:
     """Records the kernel launches made in its body; a stand-in for ``torch.cuda.graph``.
 
     Needs the triton backend (on a machine without a GPU: ``TRITON_INTERPRET=1`` and ``FUSED_CLR_BACKEND=triton``).
-    Unlike a real capture, recording also runs the launches, once. A recorded step keeps tables of its own, as a
-    captured one does: later eager steps over other gradients do not disturb it. Kernels alone are recorded: a tensor
-    ``lr`` counts as it was, and a gradient that must be copied into its parameter's layout first is refused.
+    Unlike a real capture, recording also runs the launches, once. A recorded step has its own tables, as a captured
+    one does: later eager steps with other gradients do not change it. Only kernels are recorded. A tensor ``lr``
+    therefore keeps its value, and a gradient whose layout differs from its parameter's raises an error.
 
     Yields:
         The `RecordedGraph`.

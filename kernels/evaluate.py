@@ -1,15 +1,13 @@
-"""Evaluators: the programs that work out a schedule step's scalars in float64, one lane per group and tensor."""
+"""Evaluators: the programs that compute the scalars of a schedule step in float64, one lane per group and tensor."""
 
 import triton
 import triton.language as tl
 
 from .layout import (
     ACTIVE,
-    APPLIED_BETA1,
     APPLIED_LR,
-    BIAS_CORRECTION2_SQRT,
+    APPLIED_MOMENTUM,
     CLIP_COEFFICIENT,
-    DECAY_FACTOR,
     ENTRY,
     ENTRY_CLIP_COEFFICIENT,
     ENTRY_GRAD_NORM,
@@ -21,33 +19,17 @@ from .layout import (
     GRAD_NORM,
     GROUP,
     HISTORY_COLUMNS,
-    KINDS,
-    MAX_UNIT_SHIFT,
-    NEXT_BETA1,
     NEXT_LR,
-    ONE_MINUS_BETA1,
-    ONE_MINUS_BETA2,
+    NEXT_MOMENTUM,
     OVERRUN,
+    RULE_SCALARS,
     SCALAR_COLUMNS,
-    SCALAR_EPS,
     SCALAR_GRAD_SIGN,
-    SCALAR_L2_DECAY,
-    SCALE_TABLE,
     SCHEDULE_STEP,
     SLOT,
-    STEP_SIZE,
     TENSOR_COLUMNS,
 )
-from .schedule import (
-    BETA2,
-    DECOUPLED_DECAY,
-    EPS,
-    GRAD_SIGN,
-    HYPER_COLUMNS,
-    L2_DECAY,
-    LOG2_BETA2,
-    cyclic_lr_and_momentum,
-)
+from .schedule import GRAD_SIGN, GROUP_COLUMNS, RULE_COLUMNS, schedule_at
 
 
 @triton.jit
@@ -56,9 +38,9 @@ def evaluate(
     step,
     slot,
     settings_ptr,
-    hyper_table_ptr,
+    group_table_ptr,
     tensor_table_ptr,
-    clock_ptr,
+    control_ptr,
     scalars_ptr,
     scalars_float64_ptr,
     update_steps_ptr,
@@ -68,31 +50,30 @@ def evaluate(
     num_tensors,
     applied,
     ADVANCE: tl.constexpr,
+    SCALARS: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Evaluates the schedule at ``step`` into ``slot``: one lane per group (live mirrors) and per tensor (scalars).
-
-    Bias corrections follow Kingma & Ba 2015 (arXiv:1412.6980, algorithm 1), in float64: in float32,
-    ``1 - 0.9999**t`` would be off by 1e-4.
+    """Evaluates the schedule at ``step`` into ``slot``: one lane per group (live values) and per tensor (scalars).
 
     Args:
         first_lane: int32 scalar. Lanes ``0 .. num_groups - 1`` are groups, the next ``num_tensors`` are tensors.
         step: int64 scalar. The schedule step to evaluate.
         slot: int64 scalar. The half of the scalars to write.
         settings_ptr: int64 pointer to [SETTINGS_WORDS].
-        hyper_table_ptr: float64 pointer to [num_groups, HYPER_COLUMNS].
+        group_table_ptr: float64 pointer to [num_groups, GROUP_COLUMNS].
         tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
-        clock_ptr: int64 pointer to [CLOCK_WORDS].
+        control_ptr: int64 pointer to [CONTROL_WORDS].
         scalars_ptr: float32 pointer to [2, num_tensors, SCALAR_COLUMNS].
         scalars_float64_ptr: float64 pointer, likewise.
-        update_steps_ptr: int64 pointer to [num_tensors]. Updates each tensor got.
+        update_steps_ptr: int64 pointer to [num_tensors]. Number of updates of each tensor.
         step_mirror_ptr: float32 pointer to [num_tensors]. What users see as ``state[p]["step"]``; never read here.
         live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
         num_groups: int32 scalar.
         num_tensors: int32 scalar.
-        applied: int64 scalar. 1: count an update of each active tensor; 0: the schedule alone moves on.
-        ADVANCE: A step, or a tick, and not a prime: what was next is now applied.
+        applied: int64 scalar. 1: count an update of each active tensor; 0: only the schedule advances.
+        ADVANCE: True in a step: the values that were next become the applied ones. False in a reevaluation.
+        SCALARS: The rule's scalars, see `step_kernel`.
         SCALE_FNS: Tuple of ``@triton.jit`` scale functions.
         LANES: Lanes of this program.
     """
@@ -104,25 +85,17 @@ def evaluate(
     group_id = tl.load(tensor_row_ptr + GROUP, mask=is_tensor, other=0)
     group_id = tl.where(is_group, lane.to(tl.int64), group_id)
 
-    lr, beta1 = cyclic_lr_and_momentum(
-        step,
-        group_id,
-        is_group | is_tensor,
-        hyper_table_ptr,
-        tl.load(settings_ptr + SCALE_TABLE).to(tl.pointer_type(tl.float64)),
-        clock_ptr + OVERRUN,
-        tl.load(settings_ptr + KINDS),
-        tl.load(settings_ptr + MAX_UNIT_SHIFT),
-        SCALE_FNS,
+    lr, momentum = schedule_at(
+        step, group_id, is_group | is_tensor, group_table_ptr, settings_ptr, control_ptr + OVERRUN, SCALE_FNS
     )
     live_lane_ptr = live_ptr + lane
     if ADVANCE:
         applied_lr = tl.load(live_lane_ptr + NEXT_LR * num_groups, mask=is_group)
-        applied_beta1 = tl.load(live_lane_ptr + NEXT_BETA1 * num_groups, mask=is_group)
+        applied_momentum = tl.load(live_lane_ptr + NEXT_MOMENTUM * num_groups, mask=is_group)
         tl.store(live_lane_ptr + APPLIED_LR * num_groups, applied_lr, mask=is_group)
-        tl.store(live_lane_ptr + APPLIED_BETA1 * num_groups, applied_beta1, mask=is_group)
+        tl.store(live_lane_ptr + APPLIED_MOMENTUM * num_groups, applied_momentum, mask=is_group)
     tl.store(live_lane_ptr + NEXT_LR * num_groups, lr, mask=is_group)
-    tl.store(live_lane_ptr + NEXT_BETA1 * num_groups, beta1, mask=is_group)
+    tl.store(live_lane_ptr + NEXT_MOMENTUM * num_groups, momentum, mask=is_group)
 
     update_step = tl.load(update_steps_ptr + tensor_id, mask=is_tensor, other=0)
     if ADVANCE:
@@ -130,22 +103,14 @@ def evaluate(
         tl.store(update_steps_ptr + tensor_id, update_step, mask=is_tensor)
         tl.store(step_mirror_ptr + tensor_id, update_step.to(tl.float32), mask=is_tensor)
 
-    row_ptr = hyper_table_ptr + group_id * HYPER_COLUMNS
-    next_update = (update_step + 1).to(tl.float64)
-    bias_correction1 = 1.0 - tl.exp2(next_update * tl.log2(beta1))
-    bias_correction2 = 1.0 - tl.exp2(next_update * tl.load(row_ptr + LOG2_BETA2))
-    step_size = lr / bias_correction1
-    decay_factor = 1.0 - lr * tl.load(row_ptr + DECOUPLED_DECAY)
-
+    group_row_ptr = group_table_ptr + group_id * GROUP_COLUMNS
+    scalars = SCALARS(lr, momentum, (update_step + 1).to(tl.float64), group_row_ptr + RULE_COLUMNS)
+    tl.static_assert(len(scalars) <= SCALAR_COLUMNS - RULE_SCALARS, "a rule has too many scalars")
     row = (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + STEP_SIZE, step_size, is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + BIAS_CORRECTION2_SQRT, tl.sqrt(bias_correction2), is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + ONE_MINUS_BETA1, 1.0 - beta1, is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + ONE_MINUS_BETA2, 1.0 - tl.load(row_ptr + BETA2), is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_EPS, tl.load(row_ptr + EPS), is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_L2_DECAY, tl.load(row_ptr + L2_DECAY), is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + DECAY_FACTOR, decay_factor, is_tensor)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_GRAD_SIGN, tl.load(row_ptr + GRAD_SIGN), is_tensor)
+    grad_sign = tl.load(group_row_ptr + GRAD_SIGN)
+    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_GRAD_SIGN, grad_sign, is_tensor)
+    for i in tl.static_range(len(scalars)):
+        store_scalar(scalars_ptr, scalars_float64_ptr, row + RULE_SCALARS + i, scalars[i], is_tensor)
 
 
 @triton.jit
@@ -177,7 +142,7 @@ def record_history(
     num_groups,
     LANES: tl.constexpr,
 ):
-    """Writes a row of the history: what this step applies, or would have applied had it not been skipped.
+    """Writes a row of the history: what this step applies or, if it is skipped, would have applied.
 
     Args:
         first_lane: int32 scalar. Lanes ``0 .. num_groups - 1`` are groups.
@@ -198,7 +163,9 @@ def record_history(
     tl.store(row_ptr + ENTRY, (entry + 1).to(tl.float64), mask=is_group)
     tl.store(row_ptr + ENTRY_STEP, step.to(tl.float64), mask=is_group)
     tl.store(row_ptr + ENTRY_LR, tl.load(live_ptr + NEXT_LR * num_groups + lane, mask=is_group), mask=is_group)
-    tl.store(row_ptr + ENTRY_MOMENTUM, tl.load(live_ptr + NEXT_BETA1 * num_groups + lane, mask=is_group), mask=is_group)
+    tl.store(
+        row_ptr + ENTRY_MOMENTUM, tl.load(live_ptr + NEXT_MOMENTUM * num_groups + lane, mask=is_group), mask=is_group
+    )
     tl.store(row_ptr + ENTRY_GRAD_NORM, tl.load(norm_ptr + GRAD_NORM), mask=is_group)
     tl.store(row_ptr + ENTRY_CLIP_COEFFICIENT, tl.load(norm_ptr + CLIP_COEFFICIENT), mask=is_group)
     tl.store(row_ptr + ENTRY_GRAD_SCALE, grad_scale.to(tl.float64), mask=is_group)
@@ -206,10 +173,10 @@ def record_history(
 
 
 @triton.jit(do_not_specialize=["num_groups", "num_tensors"])
-def prime_kernel(
-    clock_ptr,
+def reevaluate_kernel(
+    control_ptr,
     settings_ptr,
-    hyper_table_ptr,
+    group_table_ptr,
     tensor_table_ptr,
     scalars_ptr,
     scalars_float64_ptr,
@@ -218,21 +185,22 @@ def prime_kernel(
     live_ptr,
     num_groups,
     num_tensors,
+    SCALARS: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Evaluates the current schedule step into the current slot; advances nothing.
 
-    Runs after anything but a step has changed what the next step needs. Arguments as in `adam_kernel`.
+    Runs after something other than a step changed the inputs of the next step. Arguments as in `step_kernel`.
     """
     evaluate(
         tl.program_id(0) * LANES,
-        tl.load(clock_ptr + SCHEDULE_STEP),
-        tl.load(clock_ptr + SLOT),
+        tl.load(control_ptr + SCHEDULE_STEP),
+        tl.load(control_ptr + SLOT),
         settings_ptr,
-        hyper_table_ptr,
+        group_table_ptr,
         tensor_table_ptr,
-        clock_ptr,
+        control_ptr,
         scalars_ptr,
         scalars_float64_ptr,
         update_steps_ptr,
@@ -242,6 +210,7 @@ def prime_kernel(
         num_tensors,
         0,
         False,
+        SCALARS,
         SCALE_FNS,
         LANES,
     )

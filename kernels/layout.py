@@ -1,8 +1,11 @@
-"""What kernels share with the host, word by word: clock, norm, tensor table, scalars, live mirrors, history."""
+"""Memory layouts that kernels and host share: control block, norm, tensor table, scalars, live values, history.
+
+`kernels/schedule.py` has those of the group table, the schedule tables and the settings.
+"""
 
 import triton.language as tl
 
-# Words of the clock, int64[CLOCK_WORDS].
+# Words of the control block, int64[CONTROL_WORDS]: the schedule step, the current slot, counters and sticky flags.
 SCHEDULE_STEP = tl.constexpr(0)
 SLOT = tl.constexpr(1)
 DONE = tl.constexpr(2)
@@ -13,31 +16,23 @@ STALE = tl.constexpr(5)
 APPLIED_STEPS = tl.constexpr(6)
 SKIPPED_STEPS = tl.constexpr(7)
 NORM_DONE = tl.constexpr(8)
-CLOCK_WORDS = tl.constexpr(16)
+CONTROL_WORDS = tl.constexpr(16)
 
-# Words of the settings, int64[SETTINGS_WORDS], which the host writes with the hyper table: the kinds of schedule in
-# use, the largest UNIT_SHIFT, the address of the tabulated scale functions. In memory and not arguments, so that
-# captured launches follow a new schedule.
-KINDS = tl.constexpr(0)
-MAX_UNIT_SHIFT = tl.constexpr(1)
-SCALE_TABLE = tl.constexpr(2)
-SETTINGS_WORDS = tl.constexpr(3)
-
-# Words of the norm, float64[NORM_WORDS]. MAX_NORM is the host's.
+# Words of the norm, float64[NORM_WORDS]. The host writes MAX_NORM.
 GRAD_NORM = tl.constexpr(0)
 CLIP_COEFFICIENT = tl.constexpr(1)
-# Not 0: the norm is not finite, and such a step is to be skipped.
+# Not 0: the norm is not finite, and the step must be skipped.
 OVERFLOW = tl.constexpr(2)
 MAX_NORM = tl.constexpr(3)
 SUM_OF_SQUARES = tl.constexpr(4)
 NORM_WORDS = tl.constexpr(8)
 
-# Columns of the tensor table, int64[num_tensors, TENSOR_COLUMNS]. Addresses of parts a tensor lacks are 0.
+# Columns of the tensor table, int64[num_tensors, TENSOR_COLUMNS]. The address of a missing tensor is 0.
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
-EXP_AVG = tl.constexpr(2)
-EXP_AVG_SQ = tl.constexpr(3)
-MAX_EXP_AVG_SQ = tl.constexpr(4)
+# The first of MAX_STATES state tensors, in the order of the update rule.
+STATES = tl.constexpr(2)
+MAX_STATES = tl.constexpr(3)
 NUMEL = tl.constexpr(5)
 GROUP = tl.constexpr(6)
 ACTIVE = tl.constexpr(7)
@@ -51,26 +46,20 @@ BFLOAT16 = tl.constexpr(2)
 FLOAT32 = tl.constexpr(4)
 FLOAT64 = tl.constexpr(8)
 
-# Columns of the scalars, [2, num_tensors, SCALAR_COLUMNS].
-STEP_SIZE = tl.constexpr(0)
-BIAS_CORRECTION2_SQRT = tl.constexpr(1)
-ONE_MINUS_BETA1 = tl.constexpr(2)
-ONE_MINUS_BETA2 = tl.constexpr(3)
-SCALAR_EPS = tl.constexpr(4)
-SCALAR_L2_DECAY = tl.constexpr(5)
-DECAY_FACTOR = tl.constexpr(6)
-SCALAR_GRAD_SIGN = tl.constexpr(7)
+# Columns of the scalars, [2, num_tensors, SCALAR_COLUMNS]: the sign of the gradient, then those of the update rule.
+SCALAR_GRAD_SIGN = tl.constexpr(0)
+RULE_SCALARS = tl.constexpr(1)
 SCALAR_COLUMNS = tl.constexpr(8)
 
-# Rows of the live mirrors, float64[LIVE_ROWS, num_groups]: what the last step applied, what the next one will.
+# Rows of the live values, float64[LIVE_ROWS, num_groups]: what the last step applied, and the next one will apply.
 APPLIED_LR = tl.constexpr(0)
-APPLIED_BETA1 = tl.constexpr(1)
+APPLIED_MOMENTUM = tl.constexpr(1)
 NEXT_LR = tl.constexpr(2)
-NEXT_BETA1 = tl.constexpr(3)
+NEXT_MOMENTUM = tl.constexpr(3)
 LIVE_ROWS = tl.constexpr(4)
 
-# Columns of the history, float64[history_rows, num_groups, HISTORY_COLUMNS]: a ring, a row for each step, skipped ones
-# too. ENTRY counts them from 1; 0 is a row never written.
+# Columns of the history, float64[history_rows, num_groups, HISTORY_COLUMNS]: a ring buffer with a row for each step,
+# skipped ones too. ENTRY counts the steps from 1; it is 0 in a row that was never written.
 ENTRY = tl.constexpr(0)
 ENTRY_STEP = tl.constexpr(1)
 ENTRY_LR = tl.constexpr(2)

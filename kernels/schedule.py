@@ -1,213 +1,332 @@
-"""Cyclical schedules on the device: schedule step -> learning rate and momentum, in float64.
+"""Schedules on the device: schedule step -> learning rate and momentum, in float64.
 
-The formulas are those of Smith 2017 (arXiv:1506.01186, sec. 3) as `torch.optim.lr_scheduler.CyclicLR` states them. One
-row of the hyper table describes one param group; its columns are the constants below (`fused_clr.schedules` and
-`fused_clr.backends.hyper_table` write it). Integer columns hold the bits of an int64.
+A row of the group table points to the parts of its group's schedule, and a row of the part table to its segments.
+`fused_clr.schedules` defines both, and `fused_clr._device.schedule_tables` writes their tables. Integer columns hold
+the bits of an int64.
 """
 
 import triton
 import triton.language as tl
 
-# How a group's learning rate is made. Powers of two, so that a launch's kinds are a bit set.
-CONSTANT = tl.constexpr(1)
-TRIANGULAR = tl.constexpr(2)
-TRIANGULAR2 = tl.constexpr(4)
-EXP_RANGE = tl.constexpr(8)
-TABULATED = tl.constexpr(16)
-# A `@triton.jit` scale_fn: SCALE_FUNCTION + its index in SCALE_FNS.
-SCALE_FUNCTION = tl.constexpr(32)
+# Columns of the group table, float64[num_groups, GROUP_COLUMNS]. Values of a group without a schedule; MOMENTUM also of
+# a group whose schedule does not set it:
+LR = tl.constexpr(0)
+MOMENTUM = tl.constexpr(1)
+# Integers. NUM_PARTS is 0 without a schedule.
+FIRST_PART = tl.constexpr(2)
+NUM_PARTS = tl.constexpr(3)
+# Float64: -1 where the group maximizes, else 1.
+GRAD_SIGN = tl.constexpr(4)
+# The columns of the update rule begin here.
+RULE_COLUMNS = tl.constexpr(5)
+GROUP_COLUMNS = tl.constexpr(12)
 
-# Columns of the hyper table. Integers (bits of int64):
-KIND = tl.constexpr(0)
-CYCLE_MOMENTUM = tl.constexpr(1)
-SCALE_BY_ITERATION = tl.constexpr(2)
-STEP_UNITS_UP = tl.constexpr(3)
-PERIOD_UNITS = tl.constexpr(4)
-UNIT_SHIFT = tl.constexpr(5)
-TABLE_OFFSET = tl.constexpr(6)
-TABLE_LENGTH = tl.constexpr(7)
+# First column of both tables below: where a row starts. An integer.
+START = tl.constexpr(0)
+
+# Columns of the part table, float64[num_parts, PART_COLUMNS]. Integers:
+# The step of the part from which it holds its last value; `NEVER` for one that repeats.
+END = tl.constexpr(1)
+# Length of all segments, in units; a step is 2**UNIT_SHIFT units.
+PERIOD = tl.constexpr(2)
+UNIT_SHIFT = tl.constexpr(3)
+FIRST_SEGMENT = tl.constexpr(4)
+NUM_SEGMENTS = tl.constexpr(5)
+# START of the second segment, `NEVER` if there is none: parts of up to two segments need no search.
+SECOND_START = tl.constexpr(6)
+DRIVES_MOMENTUM = tl.constexpr(7)
+# One of the scalings below, and what it counts: cycles or steps.
+SCALING = tl.constexpr(8)
+SCALES_PER_STEP = tl.constexpr(9)
+TABLE_OFFSET = tl.constexpr(10)
+TABLE_LENGTH = tl.constexpr(11)
 # Float64:
-BASE_LR = tl.constexpr(8)
-MAX_LR = tl.constexpr(9)
-BASE_MOMENTUM = tl.constexpr(10)
-MAX_MOMENTUM = tl.constexpr(11)
-LOG2_GAMMA = tl.constexpr(12)
-BETA2 = tl.constexpr(13)
-LOG2_BETA2 = tl.constexpr(14)
-EPS = tl.constexpr(15)
-L2_DECAY = tl.constexpr(16)
-DECOUPLED_DECAY = tl.constexpr(17)
-GRAD_SIGN = tl.constexpr(18)
-HYPER_COLUMNS = tl.constexpr(20)
+LOG2_FACTOR = tl.constexpr(12)
+ABOUT_LR = tl.constexpr(13)
+ABOUT_MOMENTUM = tl.constexpr(14)
+PART_COLUMNS = tl.constexpr(16)
 
-# A cycle index beyond this is of no use to any scale and would overflow the doubling below.
+# Columns of the segment table, float64[num_segments, SEGMENT_COLUMNS]. Integers, positions in units:
+FOOT = tl.constexpr(1)
+LENGTH = tl.constexpr(2)
+SHAPE = tl.constexpr(3)
+# Float64. PARAMETER is the exponent of POLYNOMIAL and POWER, and log2 of the ratio of EXPONENTIAL.
+PARAMETER = tl.constexpr(4)
+LR_OFFSET = tl.constexpr(5)
+LR_SPAN = tl.constexpr(6)
+MOMENTUM_OFFSET = tl.constexpr(7)
+MOMENTUM_SPAN = tl.constexpr(8)
+SEGMENT_COLUMNS = tl.constexpr(9)
+
+# Words of the settings, int64[SETTINGS_WORDS], which the host writes with the tables. Addresses are in memory, not
+# arguments, so that captured launches follow a new schedule.
+IN_USE = tl.constexpr(0)
+MAX_PARTS = tl.constexpr(1)
+MAX_SEGMENTS = tl.constexpr(2)
+MAX_UNIT_SHIFT = tl.constexpr(3)
+PART_TABLE = tl.constexpr(4)
+SEGMENT_TABLE = tl.constexpr(5)
+SCALE_TABLE = tl.constexpr(6)
+SETTINGS_WORDS = tl.constexpr(7)
+
+# Bits of IN_USE; 0 if no group has a schedule. The shapes are those of `fused_clr.schedules.Shape`.
+LINEAR = tl.constexpr(1)
+COSINE = tl.constexpr(2)
+POLYNOMIAL = tl.constexpr(4)
+POWER = tl.constexpr(8)
+EXPONENTIAL = tl.constexpr(16)
+GEOMETRIC = tl.constexpr(32)
+TABULATED = tl.constexpr(64)
+
+# Values of SCALING: a factor to the power of the count, 1 among others; a table; a `@triton.jit` scale_fn,
+# SCALE_FUNCTION + its index in SCALE_FNS.
+BY_FACTOR = tl.constexpr(0)
+BY_TABLE = tl.constexpr(1)
+SCALE_FUNCTION = tl.constexpr(2)
+
+# A start or an end that no step reaches.
+NEVER = tl.constexpr(1 << 62)
+# A larger cycle index makes no difference to a scale, and would overflow in the doubling below.
 MAX_CYCLE = tl.constexpr(1 << 61)
+# The smallest normal float64: a positive number whose logarithm is finite.
+TINY = tl.constexpr(2.2250738585072014e-308)
 
 
 @triton.jit
-def locate_in_cycle(step, period_units, unit_shift, max_unit_shift):
+def locate_in_cycle(step, period, unit_shift, max_unit_shift):
     """Zero-based cycle index of ``step`` and its phase within the cycle, both exact.
 
     Step sizes need not be integers: a float64 is an integer over ``2**unit_shift``, so the phase is
-    ``(step * 2**unit_shift) mod period_units``, found by doubling and without ever leaving int64.
+    ``(step * 2**unit_shift) mod period``, computed by doubling, within int64.
 
     Args:
-        step: int64 block >= 0. Schedule steps.
-        period_units: int64 block in (0, 2**62). Steps of one cycle, times ``2**unit_shift``.
+        step: int64 block >= 0. Steps of the part.
+        period: int64 block in (0, 2**62). Steps of one cycle, times ``2**unit_shift``.
         unit_shift: int64 block >= 0.
-        max_unit_shift: int64 scalar. The largest ``unit_shift`` of any group; 0 where all step sizes are integers.
+        max_unit_shift: int64 scalar. The largest ``unit_shift`` of any part; 0 where all step sizes are integers.
 
     Returns:
         int64 block, the cycle index (saturating at ``MAX_CYCLE``); int64 block, the phase in units.
     """
-    cycle = step // period_units
-    phase = step % period_units
+    cycle = step // period
+    phase = step - cycle * period
     for bit in range(max_unit_shift):
         doubling = bit < unit_shift
         doubled = phase * 2
-        wrapped = doubled >= period_units
-        phase = tl.where(doubling, tl.where(wrapped, doubled - period_units, doubled), phase)
+        wrapped = doubled >= period
+        phase = tl.where(doubling, tl.where(wrapped, doubled - period, doubled), phase)
         cycle = tl.where(doubling, tl.minimum(cycle * 2 + wrapped.to(tl.int64), MAX_CYCLE), cycle)
     return cycle, phase
 
 
 @triton.jit
-def power_of_half(exponent):
-    """``2.0 ** -exponent`` exactly, down to the subnormals and 0.
+def search_started(position, row, first_row, num_rows, table_ptr, first_index, max_rows, COLUMNS: tl.constexpr):
+    """The last row of each lane whose START is not beyond ``position``.
 
     Args:
-        exponent: int64 block >= 0.
+        position: int64 block. Steps for parts, units for segments.
+        row: int64 block. The answer among the first ``first_index`` rows.
+        first_row: int64 block.
+        num_rows: int64 block. Rows of a lane, in ascending order of START.
+        table_ptr: int64 pointer to [rows, COLUMNS].
+        first_index: The first row to look at, counted from ``first_row``.
+        max_rows: int64 scalar. The largest ``num_rows``.
+        COLUMNS: Words of a row.
 
     Returns:
-        float64 block.
+        int64 block, a row of the table.
     """
-    exponent = tl.minimum(exponent, 2000)
-    first = exponent // 2
-    second = exponent - first
-    # The bits of a power of two: an exponent alone. Two factors, since one would run out of exponents at 1022.
-    first_bits = (1023 - first) << 52
-    second_bits = (1023 - second) << 52
-    return first_bits.to(tl.float64, bitcast=True) * second_bits.to(tl.float64, bitcast=True)
+    for index in range(first_index, max_rows):
+        start_ptr = table_ptr + (first_row + index) * COLUMNS + START
+        start = tl.load(start_ptr, mask=index < num_rows, other=NEVER)
+        row = tl.where(position >= start, first_row + index, row)
+    return row
 
 
 @triton.jit
-def scale_of_cycle(
-    step,
-    cycle,
-    kind,
-    log2_gamma,
-    by_iteration,
-    table_offset,
-    table_length,
-    valid,
-    scale_table_ptr,
-    overrun_ptr,
-    kinds,
-    SCALE_FNS: tl.constexpr,
-):
-    """What the triangle's height is multiplied by: 1, ``2**-cycle``, ``gamma**step`` or the user's ``scale_fn``.
+def half_cosine(x):
+    """``(1 - cos(pi x)) / 2`` to a few ulp.
 
-    A tabulated ``scale_fn`` past its last entry keeps that entry and raises the sticky flag behind ``overrun_ptr``.
+    The Taylor series of the cosine about the nearer end; the first omitted term is below 1e-18 of the first term.
+    ``tl.cos`` would use 40 bytes of stack, for large arguments that do not occur here.
 
     Args:
-        step: int64 block. Schedule steps.
+        x: float64 block in [0, 1].
+
+    Returns:
+        float64 block in [0, 1].
+    """
+    is_far = x > 0.5
+    angle = tl.where(is_far, 1.0 - x, x) * 3.141592653589793
+    z = angle * angle
+    # Coefficients (-1)**k / (2 k)!, from k = 12 down to 1.
+    series = tl.full(x.shape, 1.6117375710961184e-24, tl.float64)
+    series = series * z + (-8.896791392450574e-22)
+    series = series * z + (4.110317623312165e-19)
+    series = series * z + (-1.5619206968586225e-16)
+    series = series * z + (4.779477332387385e-14)
+    series = series * z + (-1.1470745597729725e-11)
+    series = series * z + (2.08767569878681e-09)
+    series = series * z + (-2.755731922398589e-07)
+    series = series * z + (2.48015873015873e-05)
+    series = series * z + (-0.001388888888888889)
+    series = series * z + (0.041666666666666664)
+    series = series * z + (-0.5)
+    height = -0.5 * z * series
+    return tl.where(is_far, 1.0 - height, height)
+
+
+@triton.jit
+def power_of(x, exponent):
+    """``x**exponent``.
+
+    Args:
+        x: float64 block in [0, 1].
+        exponent: float64 block > 0.
+
+    Returns:
+        float64 block in [0, 1].
+    """
+    return tl.where(x > 0.0, tl.exp2(exponent * tl.log2(tl.maximum(x, TINY))), 0.0)
+
+
+@triton.jit
+def height_at(y, shape, parameter, in_use):
+    """Height of a segment, ``y`` of its length away from its foot.
+
+    Args:
+        y: float64 block in [0, 1].
+        shape: int64 block. LINEAR, COSINE, ...
+        parameter: float64 block. The segment's PARAMETER.
+        in_use: int64 scalar. The settings word IN_USE; shapes not in use cost nothing.
+
+    Returns:
+        float64 block: 0 at the foot, 1 at the other end; EXPONENTIAL: ``ratio**y - 1``.
+    """
+    height = y
+    if (in_use & COSINE) != 0:
+        height = tl.where(shape == COSINE, half_cosine(y), height)
+    if (in_use & POLYNOMIAL) != 0:
+        height = tl.where(shape == POLYNOMIAL, 1.0 - power_of(1.0 - y, parameter), height)
+    if (in_use & POWER) != 0:
+        height = tl.where(shape == POWER, power_of(y, parameter), height)
+    if (in_use & EXPONENTIAL) != 0:
+        # Other shapes' parameters are exponents, and may overflow here.
+        log2_ratio = tl.where(shape == EXPONENTIAL, parameter, 0.0)
+        height = tl.where(shape == EXPONENTIAL, tl.exp2(y * log2_ratio) - 1.0, height)
+    return height
+
+
+@triton.jit
+def scale_at(step, cycle, part_ptr, valid, scale_table_ptr, overrun_ptr, in_use, SCALE_FNS: tl.constexpr):
+    """The scale of a part's amplitude: a power of its factor, or the value of its ``scale_fn``.
+
+    Past the last entry of a tabulated ``scale_fn``, uses that entry and sets the sticky flag at ``overrun_ptr``.
+
+    Args:
+        step: int64 block. Steps of the part.
         cycle: int64 block. Zero-based cycle indices; a ``scale_fn`` is given torch's, which start at 1.
-        kind: int64 block. CONSTANT, TRIANGULAR, ...
-        log2_gamma: float64 block.
-        by_iteration: bool block. ``scale_mode == "iterations"``: the ``scale_fn`` is given the step.
-        table_offset: int64 block. First entry of the group's table.
-        table_length: int64 block.
-        valid: bool block. Lanes that stand for a group.
-        scale_table_ptr: float64 pointer. The tables of all groups, one after another.
+        part_ptr: float64 pointer block. Rows of the part table.
+        valid: bool block. Lanes of groups with a schedule.
+        scale_table_ptr: float64 pointer. The tables of all parts, one after another.
         overrun_ptr: int64 pointer. The sticky flag.
-        kinds: int64 scalar. Bit set of the kinds in use; the others cost nothing.
+        in_use: int64 scalar. The settings word IN_USE; what is not in use costs nothing.
         SCALE_FNS: Tuple of ``@triton.jit`` functions, float64 block -> float64 block.
 
     Returns:
         float64 block.
     """
     scale = tl.full(step.shape, 1.0, tl.float64)
-    if (kinds & TRIANGULAR2) != 0:
-        scale = tl.where(kind == TRIANGULAR2, power_of_half(cycle), scale)
-    if (kinds & EXP_RANGE) != 0:
-        # gamma = 0 has log2 -inf, and -inf * 0 would be NaN where 0**0 is 1.
-        power = tl.where(step == 0, 1.0, tl.exp2(tl.maximum(step, 1).to(tl.float64) * log2_gamma))
-        scale = tl.where(kind == EXP_RANGE, power, scale)
-    if (kinds & TABULATED) != 0:
-        tabulated = valid & (kind == TABULATED)
-        index = tl.where(by_iteration, step, cycle)
-        overrun = tabulated & (index >= table_length)
-        tl.store(overrun_ptr + tl.zeros_like(index), 1, mask=overrun)
-        index = table_offset + tl.minimum(index, table_length - 1)
-        scale = tl.where(tabulated, tl.load(scale_table_ptr + index, mask=tabulated, other=1.0), scale)
+    integer_ptr = part_ptr.to(tl.pointer_type(tl.int64))
+    if (in_use & GEOMETRIC) != 0:
+        count = tl.where(tl.load(integer_ptr + SCALES_PER_STEP) != 0, step, cycle)
+        # A factor of 0 has log2 -inf, and -inf * 0 would be NaN where 0**0 is 1. Others have log2 0.
+        power = tl.exp2(tl.maximum(count, 1).to(tl.float64) * tl.load(part_ptr + LOG2_FACTOR))
+        scale = tl.where(count == 0, 1.0, power)
+    if (in_use & TABULATED) != 0:
+        tabulated = valid & (tl.load(integer_ptr + SCALING) == BY_TABLE)
+        length = tl.load(integer_ptr + TABLE_LENGTH)
+        entry = tl.where(tl.load(integer_ptr + SCALES_PER_STEP) != 0, step, cycle)
+        tl.store(overrun_ptr + tl.zeros_like(entry), 1, mask=tabulated & (entry >= length))
+        entry = tl.load(integer_ptr + TABLE_OFFSET) + tl.minimum(entry, length - 1)
+        scale = tl.where(tabulated, tl.load(scale_table_ptr + entry, mask=tabulated, other=1.0), scale)
     for i in tl.static_range(len(SCALE_FNS)):
-        argument = tl.where(by_iteration, step, cycle + 1).to(tl.float64)
-        scale = tl.where(kind == SCALE_FUNCTION + i, SCALE_FNS[i](argument).to(tl.float64), scale)
+        argument = tl.where(tl.load(integer_ptr + SCALES_PER_STEP) != 0, step, cycle + 1).to(tl.float64)
+        is_own = tl.load(integer_ptr + SCALING) == SCALE_FUNCTION + i
+        scale = tl.where(is_own, SCALE_FNS[i](argument).to(tl.float64), scale)
     return scale
 
 
 @triton.jit
-def cyclic_lr_and_momentum(
-    step,
-    group_id,
-    valid,
-    hyper_table_ptr,
-    scale_table_ptr,
-    overrun_ptr,
-    kinds,
-    max_unit_shift,
-    SCALE_FNS: tl.constexpr,
-):
-    """Learning rate and beta1 of the groups ``group_id`` at schedule step ``step``.
+def schedule_at(step, group_id, valid, group_table_ptr, settings_ptr, overrun_ptr, SCALE_FNS: tl.constexpr):
+    """Learning rate and momentum of the groups ``group_id`` at schedule step ``step``.
+
+    Past its end a schedule holds its last value.
 
     Args:
-        step: int64 scalar >= 0. The schedule step, torch's ``last_epoch``.
-        group_id: int64 block. Rows of the hyper table; any valid row where ``valid`` is false.
+        step: int64 scalar in [0, 2**62). The schedule step, torch's ``last_epoch``.
+        group_id: int64 block. Rows of the group table; any row where ``valid`` is false.
         valid: bool block.
-        hyper_table_ptr: float64 pointer to [num_groups, HYPER_COLUMNS].
-        scale_table_ptr: float64 pointer. See ``scale_of_cycle``.
-        overrun_ptr: int64 pointer. See ``scale_of_cycle``.
-        kinds: int64 scalar. Bit set of the kinds in use.
-        max_unit_shift: int64 scalar. The largest UNIT_SHIFT in the table.
-        SCALE_FNS: See ``scale_of_cycle``.
+        group_table_ptr: float64 pointer to [num_groups, GROUP_COLUMNS].
+        settings_ptr: int64 pointer to [SETTINGS_WORDS].
+        overrun_ptr: int64 pointer. See ``scale_at``.
+        SCALE_FNS: See ``scale_at``.
 
     Returns:
-        float64 block, the learning rate; float64 block, beta1.
+        float64 block, the learning rate; float64 block, the momentum.
     """
-    row_ptr = hyper_table_ptr + group_id * HYPER_COLUMNS
-    lr = tl.load(row_ptr + BASE_LR)
-    momentum = tl.load(row_ptr + BASE_MOMENTUM)
-    # Nothing but constants: no division, no modulo.
-    if kinds != CONSTANT:
-        integer_row_ptr = row_ptr.to(tl.pointer_type(tl.int64))
-        kind = tl.load(integer_row_ptr + KIND)
-        step_units_up = tl.load(integer_row_ptr + STEP_UNITS_UP)
-        period_units = tl.load(integer_row_ptr + PERIOD_UNITS)
-        steps = step + tl.zeros_like(group_id)
-        cycle, phase = locate_in_cycle(steps, period_units, tl.load(integer_row_ptr + UNIT_SHIFT), max_unit_shift)
+    group_ptr = group_table_ptr + group_id * GROUP_COLUMNS
+    lr = tl.load(group_ptr + LR)
+    momentum = tl.load(group_ptr + MOMENTUM)
+    in_use = tl.load(settings_ptr + IN_USE)
+    # No schedule at all: no division, no search.
+    if in_use != 0:
+        integer_group_ptr = group_ptr.to(tl.pointer_type(tl.int64))
+        first_part = tl.load(integer_group_ptr + FIRST_PART)
+        num_parts = tl.load(integer_group_ptr + NUM_PARTS)
+        part_table_ptr = tl.load(settings_ptr + PART_TABLE).to(tl.pointer_type(tl.int64))
+        segment_table_ptr = tl.load(settings_ptr + SEGMENT_TABLE).to(tl.pointer_type(tl.int64))
+        max_parts = tl.load(settings_ptr + MAX_PARTS)
+        max_segments = tl.load(settings_ptr + MAX_SEGMENTS)
 
-        rising = phase <= step_units_up
-        numerator = tl.where(rising, phase, period_units - phase).to(tl.float64)
-        height = numerator / tl.where(rising, step_units_up, period_units - step_units_up).to(tl.float64)
-        scale = scale_of_cycle(
-            steps,
-            cycle,
-            kind,
-            tl.load(row_ptr + LOG2_GAMMA),
-            tl.load(integer_row_ptr + SCALE_BY_ITERATION) != 0,
-            tl.load(integer_row_ptr + TABLE_OFFSET),
-            tl.load(integer_row_ptr + TABLE_LENGTH),
-            valid,
-            scale_table_ptr,
-            overrun_ptr,
-            kinds,
-            SCALE_FNS,
+        part = search_started(step, first_part, first_part, num_parts, part_table_ptr, 1, max_parts, PART_COLUMNS)
+        integer_part_ptr = part_table_ptr + part * PART_COLUMNS
+        part_ptr = integer_part_ptr.to(tl.pointer_type(tl.float64))
+        end = tl.load(integer_part_ptr + END)
+        period = tl.load(integer_part_ptr + PERIOD)
+        unit_shift = tl.load(integer_part_ptr + UNIT_SHIFT)
+        first_segment = tl.load(integer_part_ptr + FIRST_SEGMENT)
+        num_segments = tl.load(integer_part_ptr + NUM_SEGMENTS)
+        second_start = tl.load(integer_part_ptr + SECOND_START)
+
+        part_step = tl.minimum(step - tl.load(integer_part_ptr + START), end)
+        cycle, phase = locate_in_cycle(part_step, period, unit_shift, tl.load(settings_ptr + MAX_UNIT_SHIFT))
+        phase = tl.where(part_step < end, phase, period)
+        cycle = tl.where(part_step < end, cycle, 0)
+
+        segment = first_segment + (phase >= second_start).to(tl.int64)
+        segment = search_started(
+            phase, segment, first_segment, num_segments, segment_table_ptr, 2, max_segments, SEGMENT_COLUMNS
         )
-        is_cyclic = kind != CONSTANT
-        max_momentum = tl.load(row_ptr + MAX_MOMENTUM)
-        cycled_lr = lr + (tl.load(row_ptr + MAX_LR) - lr) * height * scale
-        cycled_momentum = max_momentum - (max_momentum - momentum) * height * scale
-        cycles_momentum = is_cyclic & (tl.load(integer_row_ptr + CYCLE_MOMENTUM) != 0)
-        lr = tl.where(is_cyclic, cycled_lr, lr)
-        momentum = tl.where(cycles_momentum, cycled_momentum, momentum)
+        integer_segment_ptr = segment_table_ptr + segment * SEGMENT_COLUMNS
+        segment_ptr = integer_segment_ptr.to(tl.pointer_type(tl.float64))
+        # The distance is exact, and small near the foot, where the value may be small too.
+        distance = tl.abs(phase - tl.load(integer_segment_ptr + FOOT)).to(tl.float64)
+        y = distance / tl.load(integer_segment_ptr + LENGTH).to(tl.float64)
+        shape = tl.load(integer_segment_ptr + SHAPE)
+        height = height_at(y, shape, tl.load(segment_ptr + PARAMETER), in_use)
+
+        has_schedule = num_parts > 0
+        scale_table_ptr = tl.load(settings_ptr + SCALE_TABLE).to(tl.pointer_type(tl.float64))
+        scale = scale_at(
+            part_step, cycle, part_ptr, valid & has_schedule, scale_table_ptr, overrun_ptr, in_use, SCALE_FNS
+        )
+        lr_change = (tl.load(segment_ptr + LR_OFFSET) + tl.load(segment_ptr + LR_SPAN) * height) * scale
+        scheduled_lr = tl.load(part_ptr + ABOUT_LR) + lr_change
+        momentum_span = tl.load(segment_ptr + MOMENTUM_SPAN)
+        momentum_change = (tl.load(segment_ptr + MOMENTUM_OFFSET) + momentum_span * height) * scale
+        scheduled_momentum = tl.load(part_ptr + ABOUT_MOMENTUM) + momentum_change
+        drives_momentum = has_schedule & (tl.load(integer_part_ptr + DRIVES_MOMENTUM) != 0)
+        lr = tl.where(has_schedule, scheduled_lr, lr)
+        momentum = tl.where(drives_momentum, scheduled_momentum, momentum)
     return lr, momentum

@@ -1,0 +1,1 @@
+"""Tests of fused-clr, in rooms; `cases.py` registers what they go through."""

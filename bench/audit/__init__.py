@@ -1,1 +1,0 @@
-"""The codegen audit: reads the machine code that the kernels compile to. It needs no GPU: `python -m bench.audit`."""

@@ -1,0 +1,218 @@
+"""The cpu backend: torch's own fused CPU kernel, called with cached lists and the schedule's host closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cpu_state import CpuState
+from .engine import Engine
+from .launch import recorders
+from .moments import Moments
+from .parameters import Parameters, ParametersMovedError
+from .plan_cache import PlanCache
+from .rules import UpdateRule
+from .settings import GroupSettings, Options, TensorRecord
+from .tensors import is_resolved, same_layout
+
+# What torch's kernels take.
+TensorList = tuple[Tensor, ...] | list[Tensor]
+
+
+@dataclass
+class Batch:
+    """Tensors of one group, parameter dtype and gradient layout: the lists of one call of torch's kernel."""
+
+    group_index: int
+    indices: list[int]
+    params: list[Tensor]
+    # One list of tensors per state key of the rule.
+    states: list[list[Tensor]]
+    steps: list[Tensor]
+    # The gradients must be copied into the parameters' dtype and layout first.
+    converts: bool
+    is_complex: bool
+
+    def __post_init__(self) -> None:
+        first, *rest = self.indices
+        # Takes a sequence of entries. With one index, itemgetter would return the entry itself: use a slice.
+        self.take: Any = itemgetter(first, *rest) if rest else itemgetter(slice(first, first + 1))
+
+    def gradients(self, grads: Sequence[Tensor | None], factor: float, write_back: bool) -> TensorList:
+        """This batch's gradients, as torch's kernel wants them.
+
+        Args:
+            grads: One entry per parameter of the engine.
+            factor: The factor to multiply them by.
+            write_back: Multiply them in place, instead of copies.
+        """
+        own: TensorList = self.take(grads)
+        if factor == 1.0 and not self.converts:
+            return own
+        if factor != 1.0:
+            if write_back:
+                torch._foreach_mul_(own, factor)
+            else:
+                own = torch._foreach_mul(own, factor)
+        if self.converts:
+            own = [torch.empty_like(param).copy_(grad) for param, grad in zip(self.params, own, strict=True)]
+        return own
+
+
+@dataclass
+class CpuPlan:
+    """The batches of a step, and the steps of all their tensors."""
+
+    batches: list[Batch]
+    # None if all of the engine's tensors are updated: one call then counts all of them.
+    steps: list[Tensor] | None
+
+
+class CpuEngine(Engine):
+    """Steps parameters on the CPU. See `Engine`; arguments as for `TritonEngine`."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        records: Sequence[TensorRecord],
+        state: MutableMapping[Tensor, Any],
+        rule: UpdateRule,
+        groups: Sequence[GroupSettings],
+        options: Options,
+        schedule_step: int,
+        update_steps: Sequence[int],
+    ) -> None:
+        self.device = device
+        self.parameters = Parameters(device, records)
+        self.state: CpuState = CpuState(groups, options, schedule_step, update_steps)
+        self.moments = Moments(self.parameters, state, rule, groups, self.state.step_mirror)
+        self._options = options
+        self._rule = rule
+        self._plans: PlanCache[CpuPlan] = PlanCache(self.parameters)
+        self._updates = [rule.cpu_update(group.values, group.maximize) for group in groups]
+        # The result of `prepare`.
+        self._ready: tuple[CpuPlan, list[Tensor | None]] | None = None
+
+    def set_groups(self, groups: Sequence[GroupSettings]) -> None:
+        """See `Engine.set_groups`."""
+        updates = [self._rule.cpu_update(group.values, group.maximize) for group in groups]
+        self.state.set_groups(groups)
+        keys_before = self.moments.keys_by_group
+        self.moments.set_groups(groups)
+        if self.moments.keys_by_group != keys_before:
+            self._plans.clear()
+        self._updates = updates
+
+    def forget_plans(self) -> None:
+        """See `Engine.forget_plans`."""
+        self._plans.clear()
+
+    def _build_plan(self, grads: list[Tensor | None]) -> CpuPlan:
+        """Checks gradients and state, creates missing state, and sorts the tensors into batches."""
+        self.parameters.check_device()
+        self.parameters.check_grads(grads)
+        active = [index for index, grad in enumerate(grads) if grad is not None]
+        for index in active:
+            self.moments.check(index)
+        if self.moments.create_all(active):
+            # Other plans hold the state tensors that were replaced.
+            self._plans.clear()
+        batches: dict[Any, list[int]] = {}
+        for index in active:
+            param, grad = self.parameters.tensors[index], grads[index]
+            assert grad is not None
+            if grad.numel():
+                converts = grad.dtype != param.dtype or not same_layout(grad, param) or not is_resolved(grad)
+                group_index = self.parameters.records[index].group_index
+                batches.setdefault((group_index, param.dtype, converts), []).append(index)
+        mirror = self.state.step_mirror
+        return CpuPlan(
+            [self._batch(group_index, indices, converts) for (group_index, _, converts), indices in batches.items()],
+            None if len(active) == len(self.parameters) else [mirror[index] for index in active],
+        )
+
+    def _batch(self, group_index: int, indices: list[int], converts: bool) -> Batch:
+        params = [self.parameters.tensors[index] for index in indices]
+        states = [self.moments.of(index) for index in indices]
+        is_complex = params[0].is_complex()
+        if is_complex:
+            states = [[torch.view_as_real(tensor) for tensor in own] for own in states]
+        return Batch(
+            group_index,
+            indices,
+            params,
+            [list(column) for column in zip(*states, strict=True)],
+            [self.state.step_mirror[index] for index in indices],
+            converts,
+            is_complex,
+        )
+
+    def prepare(self) -> None:
+        """See `Engine.prepare`."""
+        records = self.parameters.records
+        if records and records[0].param.device != self.device:
+            raise ParametersMovedError
+        if recorders:
+            raise RuntimeError("record_launches() records kernels, and the cpu backend launches none")
+        if self.state.has_tensor_lr:
+            self.state.evaluate()
+        if self.parameters.is_sharded and self.parameters.shards_replaced():
+            self._plans.clear()
+        grads = self.parameters.grads()
+        self._ready = self._plans.get(grads, self._build_plan), grads
+
+    def compute_norm(self, grad_scale: Tensor | None, skip_if_nonfinite: bool) -> None:
+        """See `Engine.compute_norm`."""
+        assert self._ready is not None
+        _, grads = self._ready
+        if len(self.parameters.measured) != len(grads):
+            grads = [grads[index] for index in self.parameters.measured]
+        norm = float(torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None]))
+        if grad_scale is not None:
+            norm /= float(grad_scale)
+        self.state.set_norm(norm, skip_if_nonfinite)
+
+    def sum_of_squares(self, grad_scale: Tensor | None) -> Tensor:
+        """See `Engine.sum_of_squares`."""
+        return self.parameters.add_other_shares(self.state.live.grad_norm.square(), grad_scale)
+
+    def set_sum_of_squares(self, total: Tensor, skip_if_nonfinite: bool) -> None:
+        """See `Engine.set_sum_of_squares`."""
+        self.state.set_norm(math.sqrt(float(total)), skip_if_nonfinite)
+
+    def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See `Engine.launch`."""
+        assert self._ready is not None
+        (plan, grads), self._ready = self._ready, None
+        state = self.state
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        skipped = state.overflow or (found_inf is not None and float(found_inf) != 0)
+        if not skipped:
+            if plan.steps is None:
+                state.step_mirror.add_(1)
+            elif plan.steps:
+                torch._foreach_add_(plan.steps, 1)
+            factor = state.clip_coefficient / scale
+            write_back = self._options.write_back_grads
+            for batch in plan.batches:
+                params: Sequence[Tensor] = batch.params
+                own_grads = batch.gradients(grads, factor, write_back)
+                if batch.is_complex:
+                    params = [torch.view_as_real(param) for param in params]
+                    own_grads = [torch.view_as_real(grad) for grad in own_grads]
+                lr, momentum = state.next[batch.group_index]
+                self._updates[batch.group_index](params, own_grads, batch.states, batch.steps, lr, momentum)
+        state.finish_step(scale, skipped, ticks=not skipped or self._options.advance_schedule_on_skip)
+
+    def tick(self) -> None:
+        """See `Engine.tick`."""
+        self.state.tick()
+
+    def retire(self) -> None:
+        """See `Engine.retire`: the cpu backend has no captured launches."""

@@ -1,0 +1,242 @@
+"""An optimizer's engines, one per device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..telemetry import Status
+from .capture import CapturedStep
+from .engine import Engine, Snapshot
+from .rules import UpdateRule
+from .settings import GroupSettings, Options, TensorRecord
+from .status import StatusCopy
+
+VARIABLE = "FUSED_CLR_BACKEND"
+
+
+def engine_class(device: torch.device) -> Callable[..., Engine]:
+    """The engine for parameters on ``device``; the environment variable FUSED_CLR_BACKEND overrides.
+
+    Raises:
+        RuntimeError: No backend supports them.
+        ValueError: FUSED_CLR_BACKEND names no backend.
+    """
+    name = os.environ.get(VARIABLE) or {"cuda": "triton", "cpu": "cpu"}.get(device.type)
+    if name not in ("triton", "cpu", None):
+        raise ValueError(f"{VARIABLE} must be 'triton' or 'cpu', got {name!r}")
+    if name is None or (name == "cpu" and device.type != "cpu"):
+        raise RuntimeError(
+            f"no fused-clr backend takes parameters on {device}: backend {name!r}, of 'triton' and 'cpu'"
+        )
+    if name == "cpu":
+        from .cpu import CpuEngine
+
+        return CpuEngine
+    try:
+        from .triton import TritonEngine
+    except ImportError as error:
+        raise RuntimeError(f"parameters on {device} need triton, which cannot be imported: {error}") from error
+    return TritonEngine
+
+
+class Engines:
+    """Engines that step together. Their schedule steps are equal, so values of groups are read from the first.
+
+    Attributes:
+        options: Options for all groups. Replaced, never changed in place.
+        captures: Captured or recorded steps that may still be replayed.
+
+    Args:
+        rule: The update rule.
+        options: Options for all groups.
+        schedule_step: The schedule step to start from.
+        update_steps: Number of updates so far, by parameter; for other parameters, ``state[p]["step"]``.
+        counts: Steps applied and skipped so far.
+    """
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        options: Options,
+        schedule_step: int = 0,
+        update_steps: Mapping[Tensor, int] | None = None,
+        counts: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._rule = rule
+        self.options = options
+        self._schedule_step = schedule_step
+        self._update_steps = dict(update_steps or {})
+        self._counts = counts
+        self._engines: list[Engine] = []
+        self.captures: list[CapturedStep] = []
+        self._pending: StatusCopy | None = None
+        self._latest: Status | None = None
+
+    def __iter__(self) -> Any:
+        return iter(self._engines)
+
+    @property
+    def first(self) -> Engine:
+        """The engine that values of groups are read from."""
+        return self._engines[0]
+
+    # -- changes by the host ------------------------------------------------------------------------------------------
+    def retire(self) -> None:
+        """Makes graphs captured so far do nothing: the parameters or groups have changed."""
+        for engine in self._engines:
+            engine.retire()
+
+    def rebuild(
+        self,
+        records: Mapping[torch.device, Sequence[TensorRecord]],
+        groups: Sequence[GroupSettings],
+        state: MutableMapping[Tensor, Any],
+        adopt: bool,
+    ) -> None:
+        """Gives each device an engine that continues from the old one.
+
+        Args:
+            records: The parameters, by device.
+            groups: Settings of all groups.
+            state: Parameter -> dict of its state tensors.
+            adopt: A user has written to ``state`` since the last call.
+        """
+        if self._engines:
+            if adopt:
+                self.adopt_state()
+            snapshot = self.snapshots()[0]
+            self._schedule_step = snapshot.status.schedule_step
+            self._counts = snapshot.status.applied_steps, snapshot.status.skipped_steps
+            self._update_steps.update(self.update_steps())
+
+        def update_step(param: Tensor) -> int:
+            entry = state.get(param)
+            return self._update_steps.get(param, int(entry.get("step", 0))) if entry else 0
+
+        engines = [
+            engine_class(device)(
+                device,
+                own,
+                state,
+                self._rule,
+                groups,
+                self.options,
+                self._schedule_step,
+                [update_step(record.param) for record in own],
+            )
+            for device, own in records.items()
+        ]
+        for engine in engines:
+            engine.state.set_counts(*self._counts)
+        # From now on the engines count; what is kept here would keep removed parameters alive.
+        self._update_steps = {}
+        # Captured steps keep the memory of their old engines alive.
+        self.retire()
+        self._engines = engines
+        # A copy that has not arrived has the old shape.
+        self._pending = None
+
+    def adopt_state(self) -> None:
+        """Applies what a user wrote into ``optimizer.state``: steps at once, state tensors at their next use."""
+        for engine in self._engines:
+            engine.state.set_update_steps(engine.moments.adopt_steps(engine.state.get_update_steps()))
+            engine.forget_plans()
+
+    def set_groups(self, groups: Sequence[GroupSettings]) -> None:
+        """Applies new hyperparameters and schedules, in place."""
+        for engine in self._engines:
+            engine.set_groups(groups)
+
+    def set_schedule_step(self, step: int) -> None:
+        """Sets the schedule step, in place."""
+        for engine in self._engines:
+            engine.state.set_schedule_step(step)
+
+    def set_max_grad_norm(self, max_grad_norm: float) -> None:
+        """Sets the limit of the gradient norm, in place."""
+        for engine in self._engines:
+            engine.state.set_max_grad_norm(max_grad_norm)
+        self.options = self.options._replace(max_grad_norm=max_grad_norm)
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Takes a step on every device. Every error that a user can cause is raised before anything has changed.
+
+        Raises:
+            ParametersMovedError: Nothing has changed; call `rebuild` first.
+        """
+        engines, options = self._engines, self.options
+        captures = [engine.prepare() for engine in engines]
+        if captures[0] is not None:
+            self.captures.append(CapturedStep([capture for capture in captures if capture is not None]))
+        if options.max_grad_norm is not None:
+            # There is a loss scale but no overflow flag: use the norm as the check.
+            skip_if_nonfinite = options.skip_if_nonfinite or (grad_scale is not None and found_inf is None)
+            for engine in engines:
+                engine.compute_norm(grad_scale, skip_if_nonfinite)
+            if len(engines) > 1 or engines[0].parameters.is_sharded:
+                self._share_norm(grad_scale, skip_if_nonfinite)
+        for engine in engines:
+            engine.launch(grad_scale, found_inf)
+
+    def _share_norm(self, grad_scale: Tensor | None, skip_if_nonfinite: bool) -> None:
+        """Gives every device and process the norm over all of them: they clip and skip together."""
+        device = self.first.device
+        sums = [engine.sum_of_squares(grad_scale).to(device, non_blocking=True) for engine in self._engines]
+        total = torch.stack(sums).sum()
+        for engine in self._engines:
+            engine.set_sum_of_squares(total, skip_if_nonfinite)
+
+    def tick(self) -> None:
+        """Advances the schedule without an update."""
+        for engine in self._engines:
+            engine.tick()
+
+    # -- values from the devices --------------------------------------------------------------------------------------
+    def read_lr_and_momentum(self, applied: bool) -> list[tuple[float, float]]:
+        """Every group's learning rate and momentum: what the last step applied, or what the next one will."""
+        return self.first.state.read_lr_and_momentum(applied)
+
+    def snapshots(self) -> list[Snapshot]:
+        """Reads all devices, with one copy from each, and waits for them. One entry per engine."""
+        return StatusCopy(self._engines).read()
+
+    def update_steps(self) -> dict[Tensor, int]:
+        """The number of updates of each parameter. Waits for the devices."""
+        return {
+            record.param: step
+            for engine in self._engines
+            for record, step in zip(engine.parameters.records, engine.state.get_update_steps(), strict=True)
+        }
+
+    def status(self, wait: bool) -> Status | None:
+        """The status. Without ``wait``: the newest one that has arrived; then starts another copy."""
+        if wait:
+            return self._merge(StatusCopy(self._telling()).read())
+        if self._pending is None:
+            self._pending = StatusCopy(self._telling())
+        if self._pending.arrived():
+            self._latest = self._merge(self._pending.read())
+            self._pending = StatusCopy(self._telling()) if self.first.device.type == "cuda" else None
+        return self._latest
+
+    def _telling(self) -> list[Engine]:
+        """The engines whose flags count: the current ones, and retired ones that have captured steps."""
+        retired = {id(part.engine): part.engine for capture in self.captures for part in capture.parts}
+        for engine in self._engines:
+            retired.pop(id(engine), None)
+        return [*self._engines, *retired.values()]  # type: ignore[list-item]
+
+    @staticmethod
+    def _merge(snapshots: Sequence[Snapshot]) -> Status:
+        """The first engine's status, with the flags of all."""
+        statuses = [snapshot.status for snapshot in snapshots]
+        return statuses[0]._replace(
+            schedule_exhausted=any(status.schedule_exhausted for status in statuses),
+            stale_replay=any(status.stale_replay for status in statuses),
+        )

@@ -1,0 +1,156 @@
+"""The state tensors of the parameters of one device: checked, created, converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parameters import Parameters
+from .rules import UpdateRule
+from .settings import GroupSettings, TensorRecord
+from .sharding import local_tensor, placement_of
+from .tensors import same_layout
+
+
+class Moments:
+    """Reads and writes ``optimizer.state`` on behalf of the engine of one device.
+
+    Attributes:
+        keys_by_group: Keys of the state tensors, by group.
+
+    Args:
+        parameters: The parameters.
+        state: Parameter -> dict of its state tensors. Own writes are not reported to the optimizer.
+        rule: Names the state tensors.
+        groups: Settings of all groups.
+        step_mirror: float32[num_tensors]: what ``state[p]["step"]`` are views of.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        state: MutableMapping[Tensor, Any],
+        rule: UpdateRule,
+        groups: Sequence[GroupSettings],
+        step_mirror: Tensor,
+    ) -> None:
+        self._parameters = parameters
+        self._state = state
+        self._rule = rule
+        self.set_groups(groups)
+        self._steps = list(step_mirror.unbind())
+        for view, record in zip(self._steps, parameters.records, strict=True):
+            if state.get(record.param):
+                dict.__setitem__(state[record.param], "step", view)
+
+    def set_groups(self, groups: Sequence[GroupSettings]) -> None:
+        """Takes new settings, which may ask for other state tensors."""
+        self.keys_by_group = [self._rule.states[: self._rule.num_states(group.values)] for group in groups]
+
+    def keys(self, index: int) -> tuple[str, ...]:
+        """Keys of a parameter's state tensors."""
+        return self.keys_by_group[self._parameters.records[index].group_index]
+
+    def of(self, index: int) -> list[Tensor]:
+        """A parameter's state tensors, in the order of the rule; of a sharded one, the shards in this process."""
+        entry = self._state[self._parameters.records[index].param]
+        return [local_tensor(entry[key]) for key in self.keys(index)]
+
+    def named(self, index: int) -> list[tuple[str, Tensor]]:
+        """A parameter's state tensors, each with its name in messages.
+
+        Raises:
+            RuntimeError: One was removed.
+        """
+        record = self._parameters.records[index]
+        entry = self._state.get(record.param) or {}
+        for key in self.keys(index):
+            if key not in entry:
+                raise RuntimeError(f"state[{key!r}] of {record.name} was removed since the capture")
+        return [(f"state[{key!r}] of {record.name}", local_tensor(entry[key])) for key in self.keys(index)]
+
+    def entry(self, index: int) -> dict[str, Any]:
+        """A copy of a parameter's dict, to keep its tensors alive."""
+        return dict(self._state[self._parameters.records[index].param])
+
+    def missing(self, indices: Iterable[int]) -> list[int]:
+        """The parameters that lack a state tensor."""
+        return [i for i in indices if not set(self.keys(i)) <= set(self._state.get(self._record(i).param) or {})]
+
+    def check(self, index: int) -> None:
+        """Checks state tensors that a user may have put in place.
+
+        Raises:
+            ValueError: One cannot be used; the message names it.
+        """
+        record = self._record(index)
+        entry = self._state.get(record.param) or {}
+        for key in self.keys(index):
+            value = entry.get(key)
+            if value is not None and getattr(value, "shape", None) != record.param.shape:
+                raise ValueError(
+                    f"state[{key!r}] of {record.name} must be a tensor of shape {tuple(record.param.shape)}, got "
+                    f"{tuple(value.shape) if isinstance(value, Tensor) else repr(value)}"
+                )
+            if value is not None and placement_of(value) != placement_of(record.param):
+                raise ValueError(
+                    f"state[{key!r}] of {record.name} must be sharded as the parameter is, "
+                    f"{placement_of(record.param)}, got {placement_of(value)}"
+                )
+
+    def create_all(self, indices: Iterable[int]) -> bool:
+        """`create` for each of the parameters."""
+        replaced = [self.create(index) for index in indices]
+        return any(replaced)
+
+    def create(self, index: int) -> bool:
+        """Creates the state tensors that a parameter lacks; gives the others its dtype, device and layout.
+
+        Returns:
+            Whether an existing one was replaced.
+        """
+        replaced = False
+        param = self._record(index).param
+        entry, local = self._state[param], self._parameters.tensors[index]
+        # `dict.__setitem__` does not report the write: it is the engine's own.
+        if "step" not in entry:
+            dict.__setitem__(entry, "step", self._steps[index])
+        for key in self.keys(index):
+            value = entry.get(key)
+            if value is None:
+                value = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+            elif (
+                value.dtype != param.dtype
+                or value.device != param.device
+                or not same_layout(local_tensor(value), local)
+            ):
+                value = torch.empty_like(param, requires_grad=False).copy_(value)
+                replaced = True
+            dict.__setitem__(entry, key, value)
+        return replaced
+
+    def adopt_steps(self, counted: Sequence[int]) -> list[int]:
+        """Reads each ``step`` that a user put into the state, and puts our own view back.
+
+        Args:
+            counted: Number of updates of each parameter.
+
+        Returns:
+            The same, with the user's values where there are any.
+        """
+        steps = list(counted)
+        for index, (view, record) in enumerate(zip(self._steps, self._parameters.records, strict=True)):
+            entry = self._state.get(record.param)
+            step = entry.get("step") if entry else None
+            if entry is None or step is None:
+                steps[index] = 0
+            elif not (isinstance(step, Tensor) and step.data_ptr() == view.data_ptr()):
+                steps[index] = int(step)
+                dict.__setitem__(entry, "step", view)
+        return steps
+
+    def _record(self, index: int) -> TensorRecord:
+        return self._parameters.records[index]

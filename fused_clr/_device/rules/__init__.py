@@ -1,0 +1,5 @@
+"""Update rules: what a step does to an element, one file each."""
+
+from .base import UpdateRule
+
+__all__ = ["UpdateRule"]

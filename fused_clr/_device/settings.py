@@ -1,0 +1,51 @@
+"""Inputs of a step: parameters, settings of their groups, and options of the whole optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..schedules import Schedule
+
+
+class TensorRecord(NamedTuple):
+    """One parameter, its name in messages, and its group."""
+
+    name: str
+    param: Tensor
+    group_index: int
+
+
+class GroupSettings(NamedTuple):
+    """One param group, as a step needs it.
+
+    Attributes:
+        lr: Learning rate without a schedule. A 1-element tensor is read at every step.
+        momentum: Momentum (Adam's beta1) if no schedule drives it.
+        schedule: The schedule, or None.
+        maximize: Ascend.
+        values: The group's other hyperparameters, which the update rule reads.
+    """
+
+    lr: float | Tensor
+    momentum: float
+    schedule: Schedule | None
+    maximize: bool
+    values: Mapping[str, Any]
+
+    @property
+    def tensor_lr(self) -> Tensor | None:
+        """``lr`` if it is a tensor and the group has no schedule, which would replace it; else None."""
+        return self.lr if isinstance(self.lr, Tensor) and self.schedule is None else None
+
+
+class Options(NamedTuple):
+    """Options for all groups; see `fused_clr.optim.StepOptions`."""
+
+    max_grad_norm: float | None = None
+    skip_if_nonfinite: bool = False
+    write_back_grads: bool = False
+    advance_schedule_on_skip: bool = False
+    history_size: int = 256

@@ -1,0 +1,249 @@
+"""The plan of a step on a device: its tables there, and its launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..kernels import layout
+from ..kernels.norm import norm_kernel
+from ..kernels.step import step_kernel
+from .capture import relaxed_capture
+from .chunks import Chunks, NormChunks
+from .engine import CLIP_EPS
+from .launch import Launch, make_launch
+from .memory import DeviceMemory
+from .tensors import upload
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+DTYPE_CODES = {
+    torch.float16: layout.FLOAT16.value,
+    torch.bfloat16: layout.BFLOAT16.value,
+    torch.float32: layout.FLOAT32.value,
+    torch.float64: layout.FLOAT64.value,
+}
+# How many partial sums the norm's last program adds at a time.
+PARTIALS = 1024
+# Tensor tables kept for later captures: so many graphs can be captured without an eager step in between.
+SPARE_TABLES = 4
+
+
+class LaunchConfig(NamedTuple):
+    """How kernels are compiled and how large their grid is.
+
+    Attributes:
+        block_size: Elements of a chunk; half of it for float64 parameters.
+        num_warps: Warps of a program.
+        lanes: Lanes of an evaluator; no more than a program's threads, which would otherwise do float64 work twice.
+        programs_per_multiprocessor: Updaters per multiprocessor. Each loops over its chunks: with a program per chunk,
+            a million programs would do an atomic at one address.
+    """
+
+    block_size: int = 2048
+    num_warps: int = 8
+    lanes: int = 256
+    programs_per_multiprocessor: int = 8
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compile options. Contraction to FMA is stated, since Triton's default changes between versions."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
+
+# Chosen from the compiled code (`make audit`), since no GPU was available; to be replaced by measured choices.
+# cuda: 2,048 elements by 8 warps, 100 to 128 registers: 2 programs of 256 threads on a multiprocessor of sm_80, sm_90
+#   and sm_100. Each thread loads 128 bytes of p, g, m, v at once, so that 64 KiB are in flight on each multiprocessor:
+#   more than twice what each of an H200's 132 needs for 4.3 TB/s at a latency of 700 ns.
+# hip: as many threads, in 4 warps of 64: 4 programs by registers on gfx942.
+CONFIGS = {"cuda": LaunchConfig(), "hip": LaunchConfig(num_warps=4)}
+
+
+def config_for_device() -> LaunchConfig:
+    """The configuration for the platform that torch was built for."""
+    return CONFIGS["hip" if torch.version.hip else "cuda"]
+
+
+class StepLaunches(NamedTuple):
+    """The launches of a step: the norm's, if there is clipping, and one per dtype combination."""
+
+    norm: Launch | None
+    updates: list[Launch]
+
+
+class StepPlan:
+    """The tables of a step on the device, the addresses last uploaded to them, and its launches.
+
+    Args:
+        active: Indices of the tensors that it updates, in order.
+        params: These tensors.
+        rows: int64[num_tensors, TENSOR_COLUMNS], the tensor table without addresses of parameters and gradients.
+        buffers: By tensor index: the buffer that a gradient is first copied into, if its layout is not its parameter's.
+        chunks: The chunks of the tensors.
+        device: The device of the tables.
+    """
+
+    def __init__(
+        self,
+        active: list[int],
+        params: list[Tensor],
+        rows: NDArray[np.int64],
+        buffers: dict[int, Tensor],
+        chunks: Chunks,
+        device: torch.device,
+    ) -> None:
+        self.active = active
+        self.params = params
+        self.param_layouts = layouts(params)
+        self.rows = rows
+        self.buffers = buffers
+        self.chunks = chunks
+        self.device = device
+        self.addresses: list[int] | None = None
+        self.launches: StepLaunches | None = None
+        self.chunk_table = upload(chunks.chunk_table, device)
+        self.tensor_table = self._new_tensor_table()
+        # For later captures, during which nothing may be allocated.
+        self.spare_tables: list[Tensor] = []
+        self._spares_free: torch.cuda.Event | None = None
+
+    def _new_tensor_table(self) -> Tensor:
+        return torch.empty(self.rows.shape, dtype=torch.int64, device=self.device)
+
+    def stock_spare_tables(self) -> None:
+        """Allocates what the next captures need."""
+        while len(self.spare_tables) < SPARE_TABLES:
+            self.spare_tables.append(self._new_tensor_table())
+        # Earlier work on this stream may still use this memory.
+        self._spares_free = torch.cuda.Event()
+        self._spares_free.record(torch.cuda.current_stream(self.device))
+
+    def fill_captured_table(self, table: Tensor) -> None:
+        """Copies the rows into a spare table while this thread captures; done when it returns.
+
+        On a stream that is not captured: a copy node would read the host's memory again at every replay.
+        """
+        assert self._spares_free is not None
+        with relaxed_capture(self.device):
+            stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._spares_free)
+                table.copy_(torch.from_numpy(self.rows.copy()))
+            stream.synchronize()
+
+    def find_addresses(self, grads: Sequence[Tensor | None]) -> list[int]:
+        """Addresses of parameters, then of gradients. Copies gradients of another layout into their buffers first."""
+        active: list[Any] = list(grads)
+        if len(self.active) != len(grads):
+            active = [grads[index] for index in self.active]
+        for index, buffer in self.buffers.items():
+            active[self.active.index(index)] = buffer.copy_(grads[index])  # type: ignore[arg-type]
+        return [*map(Tensor.data_ptr, self.params), *map(Tensor.data_ptr, active)]
+
+    def set_addresses(self, addresses: list[int]) -> None:
+        """Writes the addresses of `find_addresses` into the rows; uploads nothing."""
+        count = len(self.params)
+        active = np.array(self.active, np.intp)
+        self.rows[active, layout.PARAM.value] = addresses[:count]
+        self.rows[active, layout.GRAD.value] = addresses[count:]
+
+
+def layouts(tensors: Sequence[Tensor]) -> list[Any]:
+    """Dtypes and strides, which an address does not show."""
+    return [(tensor.dtype, tensor.stride()) for tensor in tensors]
+
+
+def evaluators(num_tensors: int, num_groups: int, config: LaunchConfig) -> int:
+    """The number of evaluators of a step: one lane per tensor and per group."""
+    return -(-(num_tensors + num_groups) // config.lanes)
+
+
+def make_step_launches(
+    plan: StepPlan, tensor_table: Tensor, memory: DeviceMemory, config: LaunchConfig, **common: Any
+) -> StepLaunches:
+    """The launches of a plan. All are compiled before any runs.
+
+    Args:
+        plan: What to update.
+        tensor_table: int64[num_tensors, TENSOR_COLUMNS], the plan's own or a captured step's.
+        memory: The device's.
+        config: The engine's.
+        common: Arguments of `kernels.step.step_kernel` that are the same for all plans, and ``skip_if_nonfinite`` of
+            `kernels.norm.norm_kernel`.
+
+    Returns:
+        The launches, ready to run.
+    """
+    chunks = plan.chunks
+    max_updaters = len(memory.partial_sums)
+    skip_if_nonfinite = common.pop("skip_if_nonfinite")
+    norm = None
+    if chunks.norm is not None:
+        norm = _norm_launch(plan, chunks.norm, tensor_table, memory, config, common["generation"], skip_if_nonfinite)
+    updates = []
+    for chunk_range in chunks.launches:
+        is_last = chunk_range is chunks.launches[-1]
+        num_evaluators = evaluators(common["num_tensors"], common["num_groups"], config) if is_last else 0
+        combination = chunk_range.combination
+        launch = make_launch(
+            step_kernel,
+            num_evaluators + min(chunk_range.num_chunks, max_updaters),
+            config.options,
+            plan.device,
+            **memory.step_arguments(),
+            **common,
+            tensor_table_ptr=tensor_table,
+            chunk_table_ptr=plan.chunk_table[chunk_range.first :],
+            num_evaluators=num_evaluators,
+            num_chunks=chunk_range.num_chunks,
+            counts=1,
+            NUM_STATES=combination.num_states,
+            PARAM_DTYPE=TRITON_DTYPES[combination.param_dtype],
+            GRAD_DTYPE=TRITON_DTYPES[combination.grad_dtype],
+            IS_LAST=is_last,
+            BLOCK_SIZE=chunk_range.block_size,
+            LANES=config.lanes,
+        )
+        updates.append(launch)
+    return StepLaunches(norm, updates)
+
+
+def _norm_launch(
+    plan: StepPlan,
+    chunks: NormChunks,
+    tensor_table: Tensor,
+    memory: DeviceMemory,
+    config: LaunchConfig,
+    generation: int,
+    skip_if_nonfinite: bool,
+) -> Launch:
+    return make_launch(
+        norm_kernel,
+        # Without gradients, one program still writes a norm of 0.
+        max(1, min(chunks.num_chunks, len(memory.partial_sums))),
+        config.options,
+        plan.device,
+        control_ptr=memory.control,
+        norm_ptr=memory.norm,
+        tensor_table_ptr=tensor_table,
+        chunk_table_ptr=plan.chunk_table[chunks.first :],
+        partial_sums_ptr=memory.partial_sums,
+        grad_scale_ptr=memory.no_grad_scale,
+        num_chunks=chunks.num_chunks,
+        generation=generation,
+        skip_if_nonfinite=int(skip_if_nonfinite),
+        DTYPES=sum(DTYPE_CODES[dtype] for dtype in chunks.grad_dtypes),
+        BLOCK_SIZE=chunks.block_size,
+        PARTIALS=PARTIALS,
+        CLIP_EPS=CLIP_EPS,
+    )

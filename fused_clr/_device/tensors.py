@@ -1,0 +1,106 @@
+"""Dtypes and layouts of the tensors of a step: what is supported, and how arrays are copied to the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an element's real numbers: a complex tensor is updated as pairs of reals."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def real_numel(tensor: Tensor) -> int:
+    """How many real numbers a tensor holds."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one span of memory, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def same_layout(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape keep their elements in the same order."""
+    pairs = zip(first.stride(), second.stride(), first.shape, strict=True)
+    return all(a == b or size <= 1 for a, b, size in pairs) or first.numel() <= 1
+
+
+def is_resolved(tensor: Tensor) -> bool:
+    """Whether memory holds the tensor's values: neither its conj nor its neg bit is set."""
+    return not (tensor.is_conj() or tensor.is_neg())
+
+
+def check_parameter(name: str, param: Tensor) -> None:
+    """Checks that a tensor can be a parameter of the fused step.
+
+    Args:
+        name: Its name in error messages.
+        param: The tensor.
+
+    Raises:
+        ValueError: Its dtype or layout is not supported.
+    """
+    if param.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {param.layout}")
+    if not (param.is_floating_point() or param.is_complex()) or param.element_size() == 1:
+        raise ValueError(f"{name} must have a floating-point or complex dtype of 16 bits or more, got {param.dtype}")
+    if not is_dense(param):
+        raise ValueError(
+            f"{name} must fill its storage without gaps or overlaps, got shape {tuple(param.shape)} with strides "
+            f"{param.stride()}; make it contiguous"
+        )
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    """Checks that ``grad`` can update ``param``.
+
+    Args:
+        name: The parameter's name in error messages.
+        param: The parameter.
+        grad: Its gradient.
+
+    Raises:
+        RuntimeError: It is sparse, or its device, shape or kind of dtype differs from the parameter's.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of {name} must be dense, got layout {grad.layout}; use torch.optim.SparseAdam"
+        )
+    if grad.device != param.device:
+        raise RuntimeError(f"the gradient of {name} must be on {param.device} as the parameter is, got {grad.device}")
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"the gradient of {name} must have the parameter's shape {tuple(param.shape)}, got {tuple(grad.shape)}"
+        )
+    if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
+        raise RuntimeError(f"the gradient of {name} ({param.dtype}) cannot have dtype {grad.dtype}")
+
+
+def upload(array: NDArray[Any], device: torch.device, out: Tensor | None = None) -> Tensor:
+    """Copies a host array to a device without waiting for it.
+
+    Args:
+        array: The array; it may be changed as soon as this returns.
+        device: The device.
+        out: A tensor of its shape and dtype to fill; a new one if None.
+
+    Returns:
+        The device tensor.
+    """
+    host = torch.from_numpy(array.copy())
+    if device.type == "cuda":
+        # Torch's pinned allocator reuses a block only after the copies from it are done.
+        host = host.pin_memory()
+    if out is None:
+        return host.to(device, non_blocking=True)
+    return out.copy_(host, non_blocking=True)

@@ -1,0 +1,300 @@
+"""The triton backend: one launch per step and dtype combination. Captured launches have their own tables."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import layout
+from ..kernels.norm import shared_norm_kernel
+from . import launch as launcher
+from .capture import Capture, Place
+from .chunks import cut_into_chunks
+from .engine import CLIP_EPS, Engine
+from .moments import Moments
+from .parameters import Parameters
+from .plan_cache import PlanCache
+from .rules import UpdateRule
+from .settings import GroupSettings, Options, TensorRecord
+from .sharding import local_tensor
+from .state import DeviceState
+from .step_plan import DTYPE_CODES, StepLaunches, StepPlan, config_for_device, layouts, make_step_launches
+from .tensors import is_resolved, real_dtype, same_layout, upload
+
+
+class TritonEngine(Engine):
+    """Steps parameters on a CUDA or ROCm device, or on the CPU in Triton's interpreter. See `Engine`.
+
+    Args:
+        device: The device of the parameters.
+        records: The parameters, in the order of ``optimizer.param_groups``.
+        state: Parameter -> dict of its state tensors.
+        rule: The update rule.
+        groups: Settings of all groups.
+        options: Options for all groups.
+        schedule_step: The schedule step to start from.
+        update_steps: Number of updates of each parameter so far.
+    """
+
+    # Tests may replace it.
+    config = config_for_device()
+
+    def __init__(
+        self,
+        device: torch.device,
+        records: Sequence[TensorRecord],
+        state: MutableMapping[Tensor, Any],
+        rule: UpdateRule,
+        groups: Sequence[GroupSettings],
+        options: Options,
+        schedule_step: int,
+        update_steps: Sequence[int],
+    ) -> None:
+        self.device = device
+        self.parameters = Parameters(device, records)
+        self.state: DeviceState = DeviceState(
+            self.parameters, rule, groups, options, self.config, schedule_step, update_steps
+        )
+        self.moments = Moments(self.parameters, state, rule, groups, self.state.step_mirror)
+        self._options, self._rule = options, rule
+        self._plans: PlanCache[StepPlan] = PlanCache(self.parameters)
+        # The result of `prepare`, for `compute_norm` and `launch`. Keeps temporary gradients (reduced sums) alive.
+        self._ready: tuple[StepPlan, StepLaunches, list[Tensor | None]] | None = None
+
+    @property
+    def generation(self) -> int:
+        """The current generation: launches of another one do nothing."""
+        return self.state.generation
+
+    def set_groups(self, groups: Sequence[GroupSettings]) -> None:
+        """See `Engine.set_groups`."""
+        recompile = self.state.set_groups(groups)
+        keys_before = self.moments.keys_by_group
+        self.moments.set_groups(groups)
+        if self.moments.keys_by_group != keys_before:
+            self._plans.clear()
+            self.state.new_generation()
+        elif recompile:
+            for plan in self._plans.plans():
+                plan.launches = None
+
+    def forget_plans(self) -> None:
+        """See `Engine.forget_plans`."""
+        self._plans.clear()
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+    def prepare(self) -> Capture | None:
+        """See `Engine.prepare`."""
+        capturing = self.state.before_step()
+        if self.parameters.is_sharded and self.parameters.shards_replaced():
+            self._plans.clear()
+        grads = self.parameters.grads()
+        if capturing or launcher.recorders:
+            return self._prepare_capture(grads)
+        self._prepare_eager(grads)
+        return None
+
+    def _prepare_eager(self, grads: list[Tensor | None]) -> None:
+        plan = self._plans.get(grads, self._build_plan)
+        addresses = plan.find_addresses(grads)
+        if addresses != plan.addresses:
+            self.parameters.check_device()
+            if layouts(plan.params) != plan.param_layouts:
+                # The gradients are the same, but parameters have another dtype or layout.
+                self._plans.clear()
+                plan = self._plans.get(grads, self._build_plan)
+                addresses = plan.find_addresses(grads)
+            plan.set_addresses(addresses)
+            upload(plan.rows, self.device, out=plan.tensor_table)
+            plan.addresses = addresses
+        if plan.launches is None:
+            plan.launches = self._make_launches(plan, plan.tensor_table)
+            if self.device.type == "cuda":
+                plan.stock_spare_tables()
+        self._ready = plan, plan.launches, grads
+
+    def _build_plan(self, grads: list[Tensor | None]) -> StepPlan:
+        """Checks gradients and state, creates missing state, and allocates tables."""
+        self.parameters.check_device()
+        self.parameters.check_grads(grads)
+        active = [index for index, grad in enumerate(grads) if grad is not None]
+        for index in active:
+            self.moments.check(index)
+        missing = self.moments.missing(active)
+        if missing:
+            self.state.refuse_capture(f"the state of {self.parameters.names(missing)} would be created")
+        self.state.refuse_capture("the set of gradients or their layouts is a new one")
+        if self.moments.create_all(active):
+            # Other plans hold the state tensors that were replaced.
+            self._plans.clear()
+        params = self.parameters.tensors
+        rows, buffers = self.state.idle_rows.copy(), {}
+        for index in active:
+            param, grad = params[index], grads[index]
+            assert grad is not None
+            if not same_layout(grad, param) or not is_resolved(grad):
+                buffers[index] = torch.empty_like(param, dtype=grad.dtype, requires_grad=False)
+            rows[index, layout.ACTIVE.value] = 1
+            rows[index, layout.GRAD_DTYPE.value] = DTYPE_CODES[real_dtype(grad.dtype)]
+            self._set_state_addresses(rows, index)
+        num_states = [len(self.moments.keys(index)) for index in range(len(params))]
+        measured = None if self._options.max_grad_norm is None else self.parameters.measured
+        chunks = cut_into_chunks(
+            params, grads, num_states, self._rule.required_states, self.config.block_size, measured
+        )
+        return StepPlan(active, [params[index] for index in active], rows, buffers, chunks, self.device)
+
+    def _set_state_addresses(self, rows: Any, index: int) -> None:
+        addresses = [tensor.data_ptr() for tensor in self.moments.of(index)]
+        rows[index, layout.STATES.value : layout.STATES.value + len(addresses)] = addresses
+
+    def _make_launches(self, plan: StepPlan, tensor_table: Tensor) -> StepLaunches:
+        state, options = self.state, self._options
+        return make_step_launches(
+            plan,
+            tensor_table,
+            state.memory,
+            self.config,
+            num_groups=len(state.groups),
+            num_tensors=len(self.parameters),
+            history_rows=options.history_size,
+            generation=state.generation,
+            advance_schedule_on_skip=int(options.advance_schedule_on_skip),
+            skip_if_nonfinite=options.skip_if_nonfinite,
+            UPDATE=state.update,
+            SCALARS=state.scalars,
+            WRITE_BACK_GRADS=options.write_back_grads,
+            SCALE_FNS=state.scale_functions,
+        )
+
+    def compute_norm(self, grad_scale: Tensor | None, skip_if_nonfinite: bool) -> None:
+        """See `Engine.compute_norm`."""
+        assert self._ready is not None
+        launch = self._ready[1].norm
+        assert launch is not None
+        replaced: dict[str, Any] = {}
+        if grad_scale is not None:
+            replaced["grad_scale_ptr"] = grad_scale.to(self.device, torch.float32, non_blocking=True)
+            replaced["skip_if_nonfinite"] = int(skip_if_nonfinite)
+        launcher.run(launch, **replaced)
+
+    def sum_of_squares(self, grad_scale: Tensor | None) -> Tensor:
+        """See `Engine.sum_of_squares`."""
+        return self.parameters.add_other_shares(self.state.memory.norm[layout.SUM_OF_SQUARES.value], grad_scale)
+
+    def set_sum_of_squares(self, total: Tensor, skip_if_nonfinite: bool) -> None:
+        """See `Engine.set_sum_of_squares`."""
+        launch = launcher.make_launch(
+            shared_norm_kernel,
+            1,
+            self.config.options,
+            self.device,
+            norm_ptr=self.state.memory.norm,
+            sum_of_squares_ptr=total.to(self.device, non_blocking=True),
+            skip_if_nonfinite=int(skip_if_nonfinite),
+            CLIP_EPS=CLIP_EPS,
+        )
+        launcher.run(launch)
+
+    def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """See `Engine.launch`."""
+        assert self._ready is not None
+        # The gradients are kept alive until all is launched.
+        (plan, launches, _grads), self._ready = self._ready, None
+        replaced: dict[str, Any] = {}
+        if grad_scale is not None:
+            replaced["grad_scale_ptr"] = grad_scale.to(self.device, torch.float32, non_blocking=True)
+        if found_inf is not None:
+            replaced["found_inf_ptr"] = found_inf.to(self.device, torch.float32, non_blocking=True)
+        for launch in launches.updates:
+            launcher.run(launch, **replaced)
+        if self._options.write_back_grads:
+            for index, buffer in plan.buffers.items():
+                local_tensor(self.parameters.records[index].param.grad).copy_(buffer)  # type: ignore[arg-type]
+        # The host does not know whether a step that may be skipped was skipped.
+        self.state.host_step += found_inf is None and self._options.max_grad_norm is None
+
+    def tick(self) -> None:
+        """See `Engine.tick`: the same launch, with no active tensor, and not counted."""
+        self._prepare_eager([None] * len(self.parameters))
+        assert self._ready is not None
+        (_, launches, _), self._ready = self._ready, None
+        for launch in launches.updates:
+            launcher.run(launch, counts=0)
+        self.state.host_step += 1
+
+    def retire(self) -> None:
+        """See `Engine.retire`."""
+        self.state.retire()
+
+    # -- capture ------------------------------------------------------------------------------------------------------
+    def _prepare_capture(self, grads: list[Tensor | None]) -> Capture:
+        """Prepares a launch with its own tables: no later step rewrites them, or frees the memory they point to."""
+        missing = [
+            index
+            for index, (record, grad) in enumerate(zip(self.parameters.records, grads, strict=True))
+            if grad is None and record.param.requires_grad
+        ]
+        if missing:
+            raise RuntimeError(
+                "captured steps need a gradient of every parameter that requires one; "
+                f"{self.parameters.names(missing)} has none. "
+                "Run backward before optimizer.step(), or use requires_grad_(False) for parameters that are not trained"
+            )
+        plan = self._plans.get(grads, self._build_plan)
+        if plan.buffers and launcher.recorders:
+            raise RuntimeError(
+                "record_launches() records kernels, not the copy of a gradient whose layout is not its parameter's; "
+                f"give these parameters gradients of their own layout: {self.parameters.names(list(plan.buffers))}"
+            )
+        if self.state.capturing and not plan.spare_tables:
+            raise RuntimeError("another capture needs its own tables: take one eager step before it")
+        plan.set_addresses(plan.find_addresses(grads))
+        # Not from the graph's private pool, which reuses its blocks.
+        if self.state.capturing:
+            table = plan.spare_tables.pop()
+            plan.fill_captured_table(table)
+        else:
+            table = upload(plan.rows, self.device)
+        launches = self._make_launches(plan, table)
+        self._ready = plan, launches, grads
+        if self.state.capturing:
+            # The next eager step then allocates new spare tables.
+            plan.launches = None
+        state = [self.moments.entry(index) for index in plan.active]
+        tensors = [*grads, *plan.params, *plan.buffers.values(), *state]
+        return Capture(self, plan.active, (plan, table, launches), tensors)
+
+    def refresh_capture(self, capture: Capture) -> None:
+        """Writes current addresses into a captured launch's table. See `CapturableEngine`."""
+        plan, table, launches = capture.tables
+        if plan.buffers:
+            raise RuntimeError(
+                "the captured step copies gradients whose layout is not their parameter's, of "
+                f"{self.parameters.names(list(plan.buffers))}, from where they were; capture it again"
+            )
+        rows, grads, states = plan.rows.copy(), self.parameters.grads(), []
+        for index in capture.active:
+            grad = grads[index]
+            assert grad is not None
+            rows[index, layout.PARAM.value] = self.parameters.tensors[index].data_ptr()
+            rows[index, layout.GRAD.value] = grad.data_ptr()
+            self._set_state_addresses(rows, index)
+            states.append(self.moments.entry(index))
+        upload(rows, self.device, out=table)
+        capture.tables = plan, table, launches
+        capture.tensors = [*grads, *self.parameters.tensors, *states]
+
+    def present_places(self, active: Sequence[int]) -> tuple[list[Place], list[Place | None], list[Place]]:
+        """Places that a captured launch depends on. See `CapturableEngine`."""
+        records = self.parameters.records
+        params = [Place.of(records[index].name, self.parameters.tensors[index]) for index in active]
+        grads = [
+            None if grad is None else Place.of(f"the gradient of {record.name}", grad)
+            for record, grad in zip(records, self.parameters.grads(), strict=True)
+        ]
+        state = [Place.of(name, tensor) for index in active for name, tensor in self.moments.named(index)]
+        return params, grads, state

@@ -1,0 +1,1 @@
+"""The host half: param groups, state and checkpoints, as in `torch.optim`."""

@@ -1,0 +1,538 @@
+"""The base class of the fused optimizers: param groups, state, the step, the schedule, checkpoints."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, Literal, TypeVar, overload
+
+import torch
+from torch import Tensor
+
+from .._device.capture import CapturedStep
+from .._device.engines import Engines
+from .._device.parameters import ParametersMovedError
+from .._device.rules import UpdateRule
+from .._device.settings import Options, TensorRecord
+from .._device.sharding import local_tensor, sharded_like
+from .._device.tensors import check_parameter
+from .._torch_internals import asked_by_distributed_checkpoint, call_with_hooks, hooks_wanted, uncompiled
+from ..schedules import Schedule
+from ..telemetry import History, Live, Status
+from . import checkpoint
+from .hyperparameters import check_hyperparameter, check_max_grad_norm, check_options, check_schedule_step
+from .param_group import ParamGroup
+from .watched import OptimizerState
+
+T = TypeVar("T")
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step advances its schedule. A subclass names its update rule and takes torch's arguments.
+
+    Args:
+        params: See the subclass.
+        defaults: Hyperparameters of a group that does not state them.
+        schedule: The schedule of groups without their own.
+        options: Options for all groups; see `fused_clr.optim.StepOptions`.
+    """
+
+    # The update rule, named by a subclass.
+    RULE: ClassVar[UpdateRule]
+    # GradScaler then gives its scale and overflow flag to the step, which unscales and skips.
+    _step_supports_amp_scaling = True
+
+    param_groups: list[ParamGroup]  # type: ignore[assignment]
+
+    def __init__(self, params: Any, defaults: dict[str, Any], schedule: Schedule | None, options: Any) -> None:
+        checked = check_options(type(self).__name__, options)
+        defaults = {**defaults, "schedule": schedule}
+        for name, value in defaults.items():
+            defaults[name] = check_hyperparameter(name, value)
+        self._start_fresh(checked)
+        super().__init__(params, defaults)
+
+    def _start_fresh(self, options: Options, **continued: Any) -> None:
+        """Sets the attributes that are never copied or pickled."""
+        self._engines = Engines(self.RULE, options, **continued)
+        # Changes that the engines do not have yet.
+        self._structure_changed = True
+        self._state_changed = self._settings_changed = False
+        # Torch lets users append to group["params"].
+        self._param_lists: list[list[Tensor]] = []
+        self._param_counts: list[int] = []
+        # Where groups were when last looked at; a group is searched for if it is not there.
+        self._group_indices: dict[int, int] = {}
+        # Between optimizer.step() and scheduler.step(), torch's param groups show what was just applied.
+        self._awaits_scheduler = False
+        # Number of schedulers created for this optimizer; only the last one drives it.
+        self._scheduler_token = 0
+        self._steps_since_scheduler = 0
+        # Set while reads of all groups share one copy from the device.
+        self._readings: list[tuple[float, float]] | None = None
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The update rule."""
+        return self.RULE
+
+    # -- param groups and state ---------------------------------------------------------------------------------------
+    @property
+    def state(self) -> OptimizerState:
+        """Parameter -> its state tensors: ``step`` and those of the update rule, Adam's ``exp_avg`` and so on."""
+        if not self._state and asked_by_distributed_checkpoint():
+            self._create_state()
+        return self._state
+
+    @state.setter
+    def state(self, value: dict[Any, Any]) -> None:
+        self._state = OptimizerState(weakref.ref(self))
+        for key, entry in value.items():
+            self._state[key] = entry
+        self._restructure()
+
+    def _create_state(self) -> None:
+        """Creates the state of all parameters that require a gradient, as before the first step."""
+        for engine in self._ready():
+            for index, record in enumerate(engine.parameters.records):
+                if record.param.requires_grad:
+                    engine.moments.create(index)
+
+    def on_state_change(self) -> None:
+        """``state`` was written."""
+        self._state_changed = True
+        self._refresh_captures()
+
+    def on_group_change(self, key: str) -> None:
+        """The value of ``key`` was written in some group."""
+        self._settings_changed = True
+        if key == "params":
+            self._restructure()
+        self._refresh_captures()
+
+    def _restructure(self) -> None:
+        """Parameters or groups changed: from now on, replays of earlier captures do nothing."""
+        self._structure_changed = True
+        self._engines.retire()
+
+    def _refresh_captures(self) -> None:
+        """Updates the engines at once if steps were captured: their replays run no host code that could do it later."""
+        if self._engines.captures and not self._structure_changed:
+            self._ready()
+
+    def _ready(self) -> Engines:
+        """The engines, after applying all changes made since the last call."""
+        if [len(params) for params in self._param_lists] != self._param_counts:
+            self._structure_changed = True
+        engines = self._engines
+        if self._structure_changed:
+            engines.rebuild(self._records(), self._settings(), self._state, adopt=self._state_changed)
+            self._param_lists = [group.stored("params") for group in self.param_groups]
+            self._param_counts = [len(params) for params in self._param_lists]
+            self._group_indices = {id(group): index for index, group in enumerate(self.param_groups)}
+            self._structure_changed = self._state_changed = self._settings_changed = False
+        if self._state_changed:
+            engines.adopt_state()
+            self._state_changed = False
+        if self._settings_changed:
+            engines.set_groups(self._settings())
+            self._settings_changed = False
+        return engines
+
+    def _settings(self) -> list[Any]:
+        return [group.settings() for group in self.param_groups]
+
+    def _records(self) -> dict[torch.device, list[TensorRecord]]:
+        """The parameters of all groups, by device; an optimizer without parameters counts as one on the CPU."""
+        records: dict[torch.device, list[TensorRecord]] = {}
+        for index, group in enumerate(self.param_groups):
+            names = group.stored("param_names")
+            for position, param in enumerate(group.stored("params")):
+                name = f"param_groups[{index}]['params'][{position}]"
+                record = TensorRecord(f"{name} ({names[position]})" if names else name, param, index)
+                records.setdefault(param.device, []).append(record)
+        return records or {torch.device("cpu"): []}
+
+    @uncompiled
+    def read_scheduled(self, group: ParamGroup) -> tuple[float, float] | None:
+        """Current learning rate and momentum of ``group``; None if it is not in the optimizer (yet)."""
+        groups, index = self.param_groups, self._group_indices.get(id(group), -1)
+        if not (0 <= index < len(groups) and groups[index] is group):
+            index = next((i for i, own in enumerate(groups) if own is group), -1)
+        return None if index < 0 else self._read_lr_and_momentum()[index]
+
+    def _read_lr_and_momentum(self) -> list[tuple[float, float]]:
+        """Learning rate and momentum of every group, as the groups show them, in one copy."""
+        if self._readings is not None:
+            return self._readings
+        return self._ready().read_lr_and_momentum(applied=self._awaits_scheduler)
+
+    @contextmanager
+    def _one_copy(self) -> Iterator[None]:
+        """In the body, reads of all groups share one copy from the device."""
+        self._readings = self._read_lr_and_momentum()
+        try:
+            yield
+        finally:
+            self._readings = None
+
+    def __repr__(self) -> str:
+        with self._one_copy():
+            return super().__repr__()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group; see `torch.optim.Optimizer.add_param_group`.
+
+        A group without its own ``schedule`` gets the constructor's. `CyclicLR` drives the groups that exist when it is
+        created: a later group without a ``schedule`` keeps its constant ``lr``.
+
+        Args:
+            param_group: ``params``, and hyperparameters that differ from the constructor's. Not changed.
+
+        Raises:
+            ValueError: A hyperparameter or parameter is not allowed; nothing has been added.
+        """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("add_param_group() cannot be called during CUDA graph capture; add groups before it")
+        for name in Options._fields:
+            if name in param_group:
+                raise ValueError(f"{name} holds for all groups: pass it to the optimizer, not in a param group")
+        # A copy: torch writes its defaults into the dict.
+        super().add_param_group(dict(param_group))
+        plain: dict[str, Any] = self.param_groups.pop()
+        index = len(self.param_groups)
+        for name in list(plain):
+            plain[name] = check_hyperparameter(name, plain[name])
+        for position, param in enumerate(plain["params"]):
+            check_parameter(f"param_groups[{index}]['params'][{position}]", local_tensor(param))
+        if len({id(param) for param in plain["params"]}) != len(plain["params"]):
+            raise ValueError(f"param_groups[{index}]['params'] must not hold a parameter twice")
+        schedule = plain.pop("schedule")
+        group = ParamGroup({**plain, "schedule": None}, weakref.ref(self))
+        group.set_schedule(schedule)
+        self.param_groups.append(group)
+        self._restructure()
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
+    @uncompiled
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:
+        """Updates all parameters that have a gradient, and advances the schedule by one.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: A gradient is sparse, or on another device, or of another shape or kind than its parameter.
+                The message names the parameter; nothing has been updated.
+        """
+        if hooks_wanted(self):
+            args = (self,) if closure is None else (self, closure)
+            out: T | None = call_with_hooks(FusedOptimizer._step, self, args)
+            return out
+        return self._step(closure)
+
+    # Without this mark torch wraps the step to run the hooks, which costs 5.7 us a call.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], T] | None = None) -> T | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            try:
+                self._ready().step(grad_scale, found_inf)
+            except ParametersMovedError:
+                self._structure_changed = True
+                self._ready().step(grad_scale, found_inf)
+        finally:
+            torch._C._set_grad_enabled(grad_enabled)
+        if self._scheduler_token:
+            self._awaits_scheduler = True
+            self._steps_since_scheduler += 1
+        return loss
+
+    # -- telemetry ----------------------------------------------------------------------------------------------------
+    @property
+    @uncompiled
+    def live(self) -> Live:
+        """Tensors on the device of the first parameter, which steps and replays update; see `Live`.
+
+        Reading them on the device needs no synchronization. Adding a param group replaces them with new tensors.
+        """
+        return self._ready().first.state.live
+
+    @overload
+    def status(self, wait: Literal[True] = True) -> Status: ...
+    @overload
+    def status(self, wait: bool) -> Status | None: ...
+    def status(self, wait: bool = True) -> Status | None:
+        """The current values as plain numbers; see `Status`.
+
+        Args:
+            wait: True waits for the device and copies its status. False does not wait: it returns the newest status
+                that has arrived (None before the first), and starts another copy. Called at every step, it returns a
+                status about one step old. For progress bars and loggers.
+
+        Raises:
+            RuntimeError: Called during CUDA graph capture: the graph would copy at every replay.
+        """
+        return self._ready().status(wait)
+
+    def history(self, n: int | None = None) -> History:
+        """The latest steps, replays and skipped steps too, as the kernel recorded them. One copy from the device.
+
+        Args:
+            n: How many; None: all of the ``history_size`` that are kept.
+
+        Returns:
+            A `History` of at most ``n`` steps. Adding a param group clears it.
+
+        Raises:
+            ValueError: ``n`` is negative, or larger than ``history_size``.
+        """
+        size = self._engines.options.history_size
+        if n is None:
+            n = size
+        if n not in range(size + 1):
+            raise ValueError(f"n must be an integer in [0, history_size = {size}], got {n!r}")
+        return self._ready().first.state.read_history(n)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Norm that gradients are clipped to; None: no clipping. A new number applies from the next step or replay."""
+        return self._engines.options.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        current = self.max_grad_norm
+        if (value is None) != (current is None):
+            raise ValueError(
+                f"max_grad_norm is {current} and cannot become {value!r}: whether steps have a norm launch is decided "
+                "when the optimizer is created; math.inf computes the norm without clipping"
+            )
+        if value is not None:
+            value = check_max_grad_norm(value)
+            self._ready().set_max_grad_norm(value)
+
+    # -- captured steps -----------------------------------------------------------------------------------------------
+    @property
+    def captures(self) -> list[CapturedStep]:
+        """The captured or recorded steps that may still be replayed, oldest first."""
+        captures = self._engines.captures
+        if any(capture.released for capture in captures):
+            captures[:] = [capture for capture in captures if not capture.released]
+        return list(captures)
+
+    def check_replay(self, captured: CapturedStep | None = None, *, optimizer_only: bool = False) -> None:
+        """Checks that replaying a captured step does what its graph was captured for. Reads nothing from the device.
+
+        Compares addresses, shapes, strides and dtypes of parameters, gradients and state, and which gradients exist,
+        with those at capture. A gradient that is None now is fine, since the graph's own backward writes it.
+        Hyperparameters and schedules need no check: captured steps follow them.
+
+        Args:
+            captured: One of `captures`; None: the newest.
+            optimizer_only: The graph holds only ``optimizer.step()``, and no forward or backward. Moved tensors are
+                then not an error: their addresses are written into the graph's tables. A gradient that is None now is
+                an error.
+
+        Raises:
+            RuntimeError: A replay would be wrong or do nothing; the message names the tensor. Or nothing was captured.
+            TypeError: ``captured`` is not a captured step.
+        """
+        for engine in self._ready():
+            engine.state.refresh()
+        if captured is None:
+            if not self.captures:
+                raise RuntimeError("check_replay() found no captured step: capture optimizer.step() first")
+            captured = self.captures[-1]
+        if not isinstance(captured, CapturedStep):
+            raise TypeError(f"captured must be one of optimizer.captures or None, got {type(captured).__name__}")
+        captured.check(optimizer_only)
+
+    # -- the schedule -------------------------------------------------------------------------------------------------
+    def set_schedule_step(self, step: int) -> None:
+        """Sets the schedule step, torch's ``last_epoch``, in place.
+
+        Args:
+            step: int in [0, 2**53).
+
+        Raises:
+            ValueError: ``step`` is outside that.
+        """
+        self._ready().set_schedule_step(check_schedule_step("step", step))
+        self._awaits_scheduler = False
+
+    def set_schedule(self, schedule: Schedule | Sequence[Schedule | None] | None) -> None:
+        """Gives every group a schedule. The schedule step does not change; see `set_schedule_step`.
+
+        Args:
+            schedule: One for all groups, or a list with one per group. None removes a group's schedule: its ``lr``
+                stays at the value that the schedule would apply next.
+
+        Raises:
+            ValueError: The list's length is not the number of groups.
+            TypeError: An entry is not a schedule.
+        """
+        schedules = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(self.param_groups)
+        if len(schedules) != len(self.param_groups):
+            raise ValueError(
+                f"schedule must have {len(self.param_groups)} entries, one per group, got {len(schedules)}"
+            )
+        for value in schedules:
+            check_hyperparameter("schedule", value)
+        self._awaits_scheduler = False
+        loses = any(
+            value is None and group.schedule is not None
+            for group, value in zip(self.param_groups, schedules, strict=True)
+        )
+        with self._one_copy() if loses else nullcontext():
+            for group, value in zip(self.param_groups, schedules, strict=True):
+                group.set_schedule(value)
+
+    def _attach_scheduler(self, schedules: Sequence[Schedule], step: int) -> int:
+        """Lets a new `CyclicLR` drive this optimizer.
+
+        Returns:
+            A token: the scheduler drives this optimizer as long as ``_scheduler_token`` is equal to it.
+        """
+        self.set_schedule(schedules)
+        self.set_schedule_step(step)
+        self._scheduler_token += 1
+        self._steps_since_scheduler = 0
+        return self._scheduler_token
+
+    def _tick(self) -> None:
+        """Advances the schedule without an update, unless there are captured steps, which advance it."""
+        if not self.captures:
+            self._ready().tick()
+
+    # -- checkpoints, copies and pickles ------------------------------------------------------------------------------
+    def _take_readings(self) -> tuple[checkpoint.Readings, tuple[int, int]]:
+        """Reads all devices, with one copy from each. Also returns the counts of applied and skipped steps."""
+        engines = self._ready()
+        for engine in engines:
+            engine.state.refresh()
+        snapshots = engines.snapshots()
+        status = snapshots[0].status
+        if self._awaits_scheduler:
+            values = snapshots[0].applied_lr, snapshots[0].applied_momentum
+        else:
+            values = status.lr, status.momentum
+        update_steps = {
+            record.param: int(step)
+            for engine, snapshot in zip(engines, snapshots, strict=True)
+            for record, step in zip(engine.parameters.records, snapshot.update_steps, strict=True)
+        }
+        pairs = list(zip(values[0].tolist(), values[1].tolist(), strict=True))
+        return checkpoint.Readings(status.schedule_step, pairs, update_steps), (
+            status.applied_steps,
+            status.skipped_steps,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state in torch's format, which torch's optimizer can load. One copy from each device."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        readings, _ = self._take_readings()
+        state_dict = checkpoint.pack(self.param_groups, self._state, readings, self.rule)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads a checkpoint of this class or of torch's optimizer, in place.
+
+        Args:
+            state_dict: What ``state_dict()`` returned. Not changed.
+
+        Raises:
+            ValueError: It is corrupt, or belongs to other parameters; nothing has been loaded.
+        """
+        saved: Any = state_dict
+        if isinstance(saved, Mapping):
+            # Hooks may write into it.
+            saved = dict(saved)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, saved)
+            saved = saved if result is None else result
+        loaded = checkpoint.check(saved, self.param_groups, self.rule)
+        self._load_groups(loaded)
+        self._load_state(loaded.entries)
+        if loaded.schedule_step is not None:
+            self.set_schedule_step(loaded.schedule_step)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_groups(self, loaded: checkpoint.Loaded) -> None:
+        key = self.rule.momentum_key
+        for group, saved, schedule in zip(self.param_groups, loaded.groups, loaded.schedules, strict=True):
+            values = dict(saved)
+            if schedule is None and group.schedule is not None and group.schedule.drives_momentum:
+                # A checkpoint of torch's pair, whose momentum is the scheduler's: the group keeps its own.
+                values[key] = self.rule.with_momentum(saved[key], self.rule.momentum_in(group.stored(key)))
+            if group.stored("decoupled_weight_decay"):
+                # The class decides it. Older checkpoints of torch's AdamW do not have it.
+                values.pop("decoupled_weight_decay", None)
+            if schedule is not None:
+                values["schedule"] = schedule
+            group.store_all(values)
+
+    def _load_state(self, entries: dict[Tensor, Any]) -> None:
+        for engine in self._ready():
+            steps = engine.state.get_update_steps()
+            for index, record in enumerate(engine.parameters.records):
+                entry = entries.get(record.param)
+                if entry is None and not self._state.get(record.param):
+                    continue
+                engine.moments.create(index)
+                own = self._state[record.param]
+                steps[index] = 0 if entry is None else int(entry["step"])
+                for key in self.rule.states:
+                    # In place: a captured graph may read these tensors.
+                    if key in own and entry is not None and entry.get(key) is not None:
+                        own[key].copy_(sharded_like(entry[key], record.param))
+                    elif key in own:
+                        own[key].zero_()
+            engine.state.set_update_steps(steps)
+            engine.forget_plans()
+
+    def __getstate__(self) -> dict[str, Any]:
+        readings, counts = self._take_readings()
+        return {
+            "defaults": self.defaults,
+            "state": {param: {**entry, "step": entry["step"].clone()} for param, entry in self._state.items() if entry},
+            "param_groups": [{key: group.stored(key) for key in group} for group in self.param_groups],
+            "options": self._engines.options,
+            "schedule_step": readings.schedule_step,
+            "counts": counts,
+            "update_steps": list(readings.update_steps.items()),
+            "scheduler_token": self._scheduler_token,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._start_fresh(
+            state.pop("options"),
+            schedule_step=state.pop("schedule_step"),
+            update_steps=dict(state.pop("update_steps")),
+            counts=state.pop("counts"),
+        )
+        self._scheduler_token = state.pop("scheduler_token")
+        self.state = state.pop("state")
+        groups = state.pop("param_groups")
+        super().__setstate__(state)
+        self.param_groups = [ParamGroup(group, weakref.ref(self)) for group in groups]

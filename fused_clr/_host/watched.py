@@ -1,0 +1,102 @@
+"""Dictionaries that report writes, so that a step need not look at each of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+
+class WatchedDict(dict[Any, Any]):
+    """A dict that reports every write. Copies and pickles are plain dicts.
+
+    Args:
+        values: The initial items; they are not reported.
+        on_change: Called with the key after every write.
+    """
+
+    def __init__(self, values: Mapping[Any, Any], on_change: Callable[[Any], None]) -> None:
+        super().__init__(values)
+        self.on_change = on_change
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.on_change(key)
+
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(key)
+        self.on_change(key)
+
+    # These call the two methods above. Dict's own versions would write without calling them.
+    pop = MutableMapping.pop
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
+    def copy(self) -> dict[Any, Any]:
+        """A plain dict of the current items."""
+        return dict(self.items())
+
+    def __copy__(self) -> dict[Any, Any]:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[Any, Any]:
+        return deepcopy(self.copy(), memo)
+
+    def __reduce__(self) -> Any:
+        return dict, (self.copy(),)
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | dict(other.items())
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
+
+
+class OptimizerState(defaultdict[Any, Any]):
+    """``optimizer.state``: parameter -> watched dict of its state tensors. A plain dict put into it becomes watched.
+
+    Args:
+        owner: Returns the optimizer, whose ``on_state_change`` is called after every write to this dict or one of its
+            values; or None if it was deleted: the state must not keep its optimizer alive.
+    """
+
+    def __init__(self, owner: Callable[[], Any]) -> None:
+        super().__init__(dict)
+        self._tell = partial(_tell, owner)
+
+    def __missing__(self, key: Any) -> WatchedDict:
+        value = WatchedDict({}, self._tell)
+        dict.__setitem__(self, key, value)
+        return value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, WatchedDict(value, self._tell) if isinstance(value, dict) else value)
+        self._tell(key)
+
+    def __delitem__(self, key: Any) -> None:
+        super().__delitem__(key)
+        self._tell(key)
+
+    pop = MutableMapping.pop
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self.items()),)
+
+
+def _tell(owner: Callable[[], Any], key: Any) -> None:
+    del key
+    optimizer = owner()
+    if optimizer is not None:
+        optimizer.on_state_change()

@@ -1,0 +1,107 @@
+"""The figures of the command line. Drawn without pyplot, so that no window system and no global state is involved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
+
+DOTS_PER_INCH = 120
+OURS, TORCH_PALE, MOMENTUM = "#d1495b", "#a9c3dc", "#30638e"
+
+
+class Training(Protocol):
+    """What was recorded of a training: losses by step, the rest by epoch."""
+
+    name: str
+    losses: list[float]
+    accuracies: list[float]
+    lrs: list[float]
+    momenta: list[float]
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds for a training step."""
+
+
+def schedule_figure(lr: NDArray[np.float64], momentum: NDArray[np.float64] | None, title: str) -> Figure:
+    """The curve of a schedule over the schedule step.
+
+    Args:
+        lr: float64[steps]. Learning rates.
+        momentum: float64[steps]. Momenta, drawn in a second panel; None for no second panel.
+        title: Title of the figure.
+    """
+    curves = [("learning rate", lr, OURS)]
+    if momentum is not None:
+        curves.append(("momentum (Adam's beta1)", momentum, MOMENTUM))
+    figure = _figure(9, 1 + 3 * len(curves))
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, (label, values, colour) in zip(panels, curves, strict=True):
+        axes.plot(values, color=colour, linewidth=1.4)
+        _label(axes, "", label)
+    panels[-1].set_xlabel("schedule step")
+    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    figure.suptitle(title)
+    return figure
+
+
+def training_figure(torch_run: Training, our_run: Training, title: str) -> Figure:
+    """Two trainings from the same seed: loss, its difference, test accuracy, learning rate with the momentum."""
+    figure = _figure(12, 8)
+    (loss, difference), (accuracy, rate) = figure.subplots(2, 2)
+
+    # Torch's lines are wide and pale below ours, so that both are seen where they coincide.
+    for run, colour, width in ((torch_run, TORCH_PALE, 4), (our_run, OURS, 1.2)):
+        loss.semilogy(
+            run.losses, color=colour, linewidth=width, label=f"{run.name}: {1 / run.step_seconds:,.0f} steps/s"
+        )
+        accuracy.plot(_epochs(run), 100 * np.array(run.accuracies), color=colour, linewidth=width, label=run.name)
+        rate.plot(_epochs(run), run.lrs, color=colour, linewidth=width, marker="o", markersize=3)
+    _label(loss, "step", "training loss", "loss curves")
+    _label(accuracy, "epoch", "test accuracy (%)", "accuracy")
+    _label(rate, "epoch", "learning rate", "learning rate and momentum at the end of each epoch")
+    loss.legend()
+    accuracy.legend(loc="lower right")
+
+    momentum = rate.twinx()
+    momentum.plot(_epochs(our_run), our_run.momenta, color=MOMENTUM, linestyle="--", linewidth=1.2)
+    momentum.set_ylabel("momentum (dashed)")
+
+    gap = np.abs(np.array(our_run.losses) - np.array(torch_run.losses))
+    difference.plot(gap, ".", color=OURS, markersize=2)
+    # Linear below float32's resolution: many differences are exactly 0.
+    difference.set_yscale("symlog", linthresh=1e-8)
+    difference.set_ylim(0, max(1e-6, 10 * gap.max()))
+    _label(difference, "step", "absolute difference", f"difference of the losses: at most {gap.max():.1e}")
+
+    figure.suptitle(title)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes ``figure`` to ``path``; creates its folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _label(axes: Axes, x: str, y: str, title: str = "") -> None:
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _epochs(run: Training) -> range:
+    return range(1, len(run.accuracies) + 1)

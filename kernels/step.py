@@ -1,0 +1,390 @@
+"""The step in one launch: updates every parameter, and computes the next step's learning rate.
+
+Programs ``0 .. num_evaluators - 1`` are evaluators (float64 scalars, one lane per group and tensor); the others are
+updaters (chunks of BLOCK_SIZE elements). Evaluators write one slot of the scalars while updaters read the other. The
+last program to finish advances the schedule step. The update rule gives the arithmetic: UPDATE and SCALARS.
+"""
+
+import triton
+import triton.language as tl
+
+from .evaluate import evaluate, record_history
+from .layout import (
+    APPLIED_STEPS,
+    CHUNK_BITS,
+    CHUNK_MASK,
+    CLIP_COEFFICIENT,
+    DONE,
+    GENERATION,
+    GRAD,
+    NUMEL,
+    OVERFLOW,
+    PARAM,
+    RULE_SCALARS,
+    SCALAR_COLUMNS,
+    SCALAR_GRAD_SIGN,
+    SCHEDULE_STEP,
+    SKIPPED_STEPS,
+    SLOT,
+    STALE,
+    STATES,
+    TENSOR_COLUMNS,
+)
+
+
+@triton.jit
+def load_pointer(tensor_row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a column of the tensor table, as a pointer.
+
+    Args:
+        tensor_row_ptr: int64 pointer to [TENSOR_COLUMNS].
+        COLUMN: The column.
+        DTYPE: dtype of the elements.
+        ALIGNED: Promise that the address is a multiple of 16 bytes. A false promise faults.
+
+    Returns:
+        Pointer to DTYPE.
+    """
+    pointer = tl.load(tensor_row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def update_chunk(
+    tensor_row_ptr,
+    offset,
+    n_elements,
+    scalar_row_ptr,
+    grad_scale,
+    clip_coefficient,
+    UPDATE: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    WRITE_BACK_GRADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Updates one chunk: loads it by its addresses, updates and stores it.
+
+    Args:
+        tensor_row_ptr: int64 pointer to [TENSOR_COLUMNS].
+        offset: int64 scalar. First element of the chunk.
+        n_elements: int64 scalar. Elements of the tensor.
+        scalar_row_ptr: float32 or float64 pointer to [SCALAR_COLUMNS].
+        grad_scale: float32 scalar. The loss scale that gradients are still multiplied by.
+        clip_coefficient: float64 scalar. The factor that clips unscaled gradients.
+        UPDATE: The rule's element update.
+        NUM_STATES: State tensors of the rule.
+        PARAM_DTYPE: dtype of the parameter and its state tensors.
+        GRAD_DTYPE: dtype of the gradient.
+        WRITE_BACK_GRADS: Write the unscaled and clipped gradients back.
+        BLOCK_SIZE: Elements of a chunk.
+        ALIGNED: Promise that all addresses are multiples of 16 bytes. A false promise faults.
+        MASKED: The chunk may end before BLOCK_SIZE elements.
+    """
+    COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
+    param_ptr = load_pointer(tensor_row_ptr, PARAM, PARAM_DTYPE, ALIGNED)
+    grad_ptr = load_pointer(tensor_row_ptr, GRAD, GRAD_DTYPE, ALIGNED)
+    state_ptrs = ()
+    for i in tl.static_range(NUM_STATES):
+        state_ptrs = state_ptrs + (load_pointer(tensor_row_ptr, STATES + i, PARAM_DTYPE, ALIGNED),)
+
+    offsets = offset + tl.arange(0, BLOCK_SIZE)
+    mask = offsets < n_elements if MASKED else None
+    param = tl.load(param_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
+    grad = tl.load(grad_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
+    states = ()
+    for i in tl.static_range(NUM_STATES):
+        states = states + (tl.load(state_ptrs[i] + offsets, mask=mask).to(COMPUTE_DTYPE),)
+
+    grad_sign = tl.load(scalar_row_ptr + SCALAR_GRAD_SIGN)
+    if COMPUTE_DTYPE == tl.float64:
+        unscale = clip_coefficient / grad_scale.to(tl.float64)
+    else:
+        unscale = tl.div_rn(clip_coefficient.to(tl.float32), grad_scale)
+    if WRITE_BACK_GRADS:
+        grad = grad * unscale
+        tl.store(grad_ptr + offsets, grad.to(GRAD_DTYPE), mask=mask)
+        grad = grad * grad_sign
+    else:
+        grad = grad * (unscale * grad_sign)
+    param, states = UPDATE(param, grad, states, scalar_row_ptr + RULE_SCALARS)
+    tl.store(param_ptr + offsets, param.to(PARAM_DTYPE), mask=mask)
+    for i in tl.static_range(NUM_STATES):
+        tl.store(state_ptrs[i] + offsets, states[i].to(PARAM_DTYPE), mask=mask)
+
+
+@triton.jit
+def update(
+    chunk,
+    slot,
+    tensor_table_ptr,
+    chunk_table_ptr,
+    scalars_ptr,
+    grad_scale,
+    clip_coefficient,
+    num_tensors,
+    UPDATE: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    WRITE_BACK_GRADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Looks up a chunk and updates it with the fastest accesses that are safe for it.
+
+    Args:
+        chunk: int64 scalar. Row of the chunk table.
+        slot: int64 scalar. The half of the scalars to read.
+        tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
+        chunk_table_ptr: int64 pointer to [num_chunks].
+        scalars_ptr: float32 pointer (float64 for float64 parameters) to [2, num_tensors, SCALAR_COLUMNS].
+        grad_scale: float32 scalar. See ``update_chunk``; so are the arguments not listed here.
+        clip_coefficient: float64 scalar.
+        num_tensors: int32 scalar.
+        UPDATE: The rule's element update.
+        NUM_STATES: State tensors of the rule.
+        PARAM_DTYPE: dtype of the parameter and its state tensors.
+        GRAD_DTYPE: dtype of the gradient.
+        WRITE_BACK_GRADS: Write the unscaled and clipped gradients back.
+        BLOCK_SIZE: Elements of a chunk.
+    """
+    word = tl.load(chunk_table_ptr + chunk)
+    tensor_id = word >> CHUNK_BITS
+    offset = (word & CHUNK_MASK) * BLOCK_SIZE
+    tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
+    scalar_row_ptr = scalars_ptr + (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
+    n_elements = tl.load(tensor_row_ptr + NUMEL)
+    # Checked here and not in the plan: addresses change from step to step.
+    addresses = tl.load(tensor_row_ptr + PARAM) | tl.load(tensor_row_ptr + GRAD)
+    for i in tl.static_range(NUM_STATES):
+        addresses |= tl.load(tensor_row_ptr + STATES + i)
+    aligned = (addresses & 15) == 0
+
+    # A mask, even if all true, would prevent 128-bit accesses: branch once per chunk instead.
+    if offset + BLOCK_SIZE > n_elements:
+        update_chunk(
+            tensor_row_ptr,
+            offset,
+            n_elements,
+            scalar_row_ptr,
+            grad_scale,
+            clip_coefficient,
+            UPDATE,
+            NUM_STATES,
+            PARAM_DTYPE,
+            GRAD_DTYPE,
+            WRITE_BACK_GRADS,
+            BLOCK_SIZE,
+            ALIGNED=False,
+            MASKED=True,
+        )
+    elif aligned:
+        update_chunk(
+            tensor_row_ptr,
+            offset,
+            n_elements,
+            scalar_row_ptr,
+            grad_scale,
+            clip_coefficient,
+            UPDATE,
+            NUM_STATES,
+            PARAM_DTYPE,
+            GRAD_DTYPE,
+            WRITE_BACK_GRADS,
+            BLOCK_SIZE,
+            ALIGNED=True,
+            MASKED=False,
+        )
+    else:
+        update_chunk(
+            tensor_row_ptr,
+            offset,
+            n_elements,
+            scalar_row_ptr,
+            grad_scale,
+            clip_coefficient,
+            UPDATE,
+            NUM_STATES,
+            PARAM_DTYPE,
+            GRAD_DTYPE,
+            WRITE_BACK_GRADS,
+            BLOCK_SIZE,
+            ALIGNED=False,
+            MASKED=False,
+        )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_groups",
+        "num_tensors",
+        "num_evaluators",
+        "num_chunks",
+        "history_rows",
+        "generation",
+        "counts",
+        "advance_schedule_on_skip",
+    ],
+    do_not_specialize_on_alignment=["chunk_table_ptr", "grad_scale_ptr", "found_inf_ptr"],
+)
+def step_kernel(
+    control_ptr,
+    norm_ptr,
+    live_ptr,
+    history_ptr,
+    settings_ptr,
+    group_table_ptr,
+    tensor_table_ptr,
+    chunk_table_ptr,
+    scalars_ptr,
+    scalars_float64_ptr,
+    update_steps_ptr,
+    step_mirror_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    num_groups,
+    num_tensors,
+    num_evaluators,
+    num_chunks,
+    history_rows,
+    generation,
+    counts,
+    advance_schedule_on_skip,
+    UPDATE: tl.constexpr,
+    SCALARS: tl.constexpr,
+    NUM_STATES: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    WRITE_BACK_GRADS: tl.constexpr,
+    IS_LAST: tl.constexpr,
+    SCALE_FNS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One optimizer step: evaluators and updaters; the last program to finish advances the schedule step.
+
+    A step over several dtype combinations is several launches in one stream. Only the last one evaluates and advances:
+    if a launch is missing (an interrupt, a compile error), no partial count remains.
+
+    Args:
+        control_ptr: int64 pointer to [CONTROL_WORDS].
+        norm_ptr: float64 pointer to [NORM_WORDS]. Without clipping: coefficient 1, no overflow.
+        live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
+        history_ptr: float64 pointer to [history_rows, num_groups, HISTORY_COLUMNS].
+        settings_ptr: int64 pointer to [SETTINGS_WORDS].
+        group_table_ptr: float64 pointer to [num_groups, GROUP_COLUMNS].
+        tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
+        chunk_table_ptr: int64 pointer to [num_chunks]. Chunks of this launch's dtype combination.
+        scalars_ptr: float32 pointer to [2, num_tensors, SCALAR_COLUMNS].
+        scalars_float64_ptr: float64 pointer, likewise.
+        update_steps_ptr: int64 pointer to [num_tensors].
+        step_mirror_ptr: float32 pointer to [num_tensors].
+        grad_scale_ptr: float32 pointer to [1]. Loss scale that gradients are divided by.
+        found_inf_ptr: float32 pointer to [1]. Not 0: skip this step. It is a sum over devices, so it may be 2.
+        num_groups: int32 scalar.
+        num_tensors: int32 scalar.
+        num_evaluators: int32 scalar. 0 unless IS_LAST.
+        num_chunks: int32 scalar.
+        history_rows: int32 scalar. 0: keep no history.
+        generation: int32 scalar. That of the control block when this launch was made. If they differ, it does nothing.
+        counts: int32 scalar. 1: count this step and record it in the history; 0: only advance the schedule.
+        advance_schedule_on_skip: int32 scalar. 1: a skipped step also advances the schedule.
+        UPDATE: The rule's element update: (param, grad, states, scalar_row_ptr) -> param, states.
+        SCALARS: The rule's scalars: (lr, momentum, update_step, group_row_ptr) -> tuple.
+        NUM_STATES: State tensors of the rule.
+        PARAM_DTYPE: dtype of the parameters and state tensors.
+        GRAD_DTYPE: dtype of the gradients.
+        WRITE_BACK_GRADS: See ``update_chunk``.
+        IS_LAST: This launch evaluates, and advances the schedule step.
+        SCALE_FNS: Tuple of ``@triton.jit`` scale functions.
+        BLOCK_SIZE: Elements of a chunk.
+        LANES: Lanes of an evaluator, no more than its threads.
+    """
+    program_id = tl.program_id(0)
+    step = tl.load(control_ptr + SCHEDULE_STEP)
+    slot = tl.load(control_ptr + SLOT)
+    applied_steps = tl.load(control_ptr + APPLIED_STEPS)
+    skipped_steps = tl.load(control_ptr + SKIPPED_STEPS)
+    if tl.load(control_ptr + GENERATION) == generation:
+        # Not `> 0`: a NaN must skip too.
+        skip = ((tl.load(found_inf_ptr) != 0) | (tl.load(norm_ptr + OVERFLOW) != 0)) & (counts != 0)
+        ticks = (skip == 0) | (advance_schedule_on_skip != 0)
+        skipped = skip.to(tl.int64)
+        grad_scale = tl.load(grad_scale_ptr)
+        if IS_LAST and program_id < num_evaluators:
+            if (history_rows != 0) & (counts != 0):
+                # Before the evaluation: the live values are still those that this step applies.
+                record_history(
+                    program_id * LANES,
+                    step,
+                    applied_steps + skipped_steps,
+                    skipped,
+                    history_ptr,
+                    history_rows,
+                    live_ptr,
+                    norm_ptr,
+                    grad_scale,
+                    num_groups,
+                    LANES,
+                )
+            if ticks:
+                evaluate(
+                    program_id * LANES,
+                    step + 1,
+                    1 - slot,
+                    settings_ptr,
+                    group_table_ptr,
+                    tensor_table_ptr,
+                    control_ptr,
+                    scalars_ptr,
+                    scalars_float64_ptr,
+                    update_steps_ptr,
+                    step_mirror_ptr,
+                    live_ptr,
+                    num_groups,
+                    num_tensors,
+                    1 - skipped,
+                    True,
+                    SCALARS,
+                    SCALE_FNS,
+                    LANES,
+                )
+        else:
+            if skip == 0:
+                own_scalars_ptr = scalars_float64_ptr if PARAM_DTYPE == tl.float64 else scalars_ptr
+                clip_coefficient = tl.load(norm_ptr + CLIP_COEFFICIENT)
+                num_updaters = tl.num_programs(0) - num_evaluators
+                for chunk in range(program_id - num_evaluators, num_chunks, num_updaters):
+                    update(
+                        chunk,
+                        slot,
+                        tensor_table_ptr,
+                        chunk_table_ptr,
+                        own_scalars_ptr,
+                        grad_scale,
+                        clip_coefficient,
+                        num_tensors,
+                        UPDATE,
+                        NUM_STATES,
+                        PARAM_DTYPE,
+                        GRAD_DTYPE,
+                        WRITE_BACK_GRADS,
+                        BLOCK_SIZE,
+                    )
+        if IS_LAST:
+            # Triton puts no barrier before a scalar atomic: without this one, a warp could count its program as done
+            # before another warp has read the schedule step.
+            tl.debug_barrier()
+            done = tl.atomic_add(control_ptr + DONE, 1, sem="acq_rel")
+            if done == tl.num_programs(0) - 1:
+                tl.store(control_ptr + DONE, 0)
+                tl.store(control_ptr + APPLIED_STEPS, applied_steps + counts * (1 - skipped))
+                tl.store(control_ptr + SKIPPED_STEPS, skipped_steps + counts * skipped)
+                if ticks:
+                    tl.store(control_ptr + SCHEDULE_STEP, step + 1)
+                    tl.store(control_ptr + SLOT, 1 - slot)
+    else:
+        tl.store(control_ptr + STALE, 1)

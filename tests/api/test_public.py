@@ -1,0 +1,52 @@
+"""The public names, their docstrings' examples, and what can be imported."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused_clr
+from fused_clr import CyclicLR, FusedAdam
+
+
+def test_public_names() -> None:
+    classes = ["CapturedStep", "CyclicLR", "FusedAdam", "FusedAdamW", "GraphedStep", "History", "Live", "Status"]
+    assert sorted(fused_clr.__all__) == [*classes, "fuse", "schedules", "testing", "unfuse"]
+    assert issubclass(FusedAdam, torch.optim.Optimizer)
+    assert issubclass(CyclicLR, torch.optim.lr_scheduler.LRScheduler)
+
+
+@pytest.mark.parametrize(
+    "module", ["schedules.base", "schedules.cyclic", "schedules.sequence", "optim", "scheduler", "graphs", "convert"]
+)
+def test_docstring_examples(module: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"fused_clr.{module}"), extraglobs={"torch": torch})
+    assert results.failed == 0
+    assert results.attempted > 0
+
+
+def test_without_triton_the_package_imports_and_the_cpu_backend_works() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from fused_clr import FusedAdam, CyclicLR
+from fused_clr._device.engines import engine_class
+param = torch.nn.Parameter(torch.ones(2))
+optimizer = FusedAdam([param]); scheduler = CyclicLR(optimizer, 1e-3, 1e-2)
+param.grad = torch.ones(2); optimizer.step(); scheduler.step(); optimizer.state_dict()
+assert param.max() < 1
+try:
+    engine_class(torch.device("cuda"))
+except RuntimeError as error:
+    assert "parameters on cuda need triton" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

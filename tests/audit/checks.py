@@ -1,0 +1,86 @@
+"""What the audit asks of a compiled variant."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .assembly import UnreadableError
+from .machine_code import WIDE_BYTES, Reading, read_amdgcn, read_cubin
+from .retire import retire_problems
+from .variants import DTYPES, TARGETS, Kernels, Variant
+
+# An updater rounds its clip coefficient to float32, once per chunk.
+COEFFICIENT_CONVERSIONS = 1
+
+
+class Result(NamedTuple):
+    """A variant's reading and what is wrong with it.
+
+    Attributes:
+        variant: What was compiled.
+        reading: None if it did not compile.
+        loaded: Bytes loaded per element by 128-bit loads.
+        stored: Bytes stored per element by 128-bit stores.
+        problems: Sentences; none if all is well.
+    """
+
+    variant: Variant
+    reading: Reading | None
+    loaded: float
+    stored: float
+    problems: list[str]
+
+
+def bytes_per_element(variant: Variant) -> tuple[int, int]:
+    """Bytes that a kernel has to load and store per element: each tensor once.
+
+    Of a norm over all dtypes: of an element of each.
+    """
+    if variant.kernel == "norm_kernel":
+        return sum(dtype.itemsize for dtype in DTYPES.values()) if variant.all_dtypes else 4, 0
+    param, grad = (DTYPES[name].itemsize for name in (variant.param_dtype, variant.grad_dtype))
+    state = variant.num_states * param
+    return param + grad + state, param + state + grad * variant.write_back_grads
+
+
+def read(kernels: Kernels, variant: Variant, compiled: Any) -> Reading:
+    """The reading of a compiled variant."""
+    if TARGETS[variant.target].backend == "cuda":
+        return read_cubin(compiled.asm["cubin"], variant.config.num_warps)
+    return read_amdgcn(
+        compiled.asm["amdgcn"], variant.config.num_warps, kernels.access_lines, kernels.aligned_call_line
+    )
+
+
+def audit(kernels: Kernels, variant: Variant) -> Result:
+    """Compiles a variant and checks it."""
+    try:
+        compiled = kernels.compile(variant)
+    # Whatever the compiler raises is a finding about this variant, and the others still want to be looked at.
+    except Exception as error:
+        return Result(variant, None, 0, 0, [f"does not compile: {type(error).__name__}: {str(error).strip()[-500:]}"])
+    reading = read(kernels, variant, compiled)
+    problems = [f"spills: {reading.spills}"] if reading.spills else []
+    if variant.kernel == "reevaluate_kernel":
+        return Result(variant, reading, 0, 0, problems)
+
+    bytes_per_access = WIDE_BYTES * variant.config.num_warps * TARGETS[variant.target].warp_size / variant.block_size
+    loaded, stored = reading.wide_loads * bytes_per_access, reading.wide_stores * bytes_per_access
+    expected = bytes_per_element(variant)
+    is_norm, is_cuda = variant.kernel == "norm_kernel", TARGETS[variant.target].backend == "cuda"
+    # AMD's accesses are found by their lines in step.py.
+    if is_cuda or not is_norm:
+        for verb, found, wanted in (("load", loaded, expected[0]), ("store", stored, expected[1])):
+            if found != wanted:
+                problems.append(f"128-bit accesses {verb} {found:g} bytes per element, not {wanted}")
+    # A norm over several dtypes branches by a table that nobody here can follow, and retires as the others do.
+    if variant.is_last and not variant.all_dtypes:
+        try:
+            dialect = "ptx" if is_cuda else "amdgcn"
+            problems += retire_problems(compiled.asm[dialect], dialect)
+        except UnreadableError as error:
+            problems.append(f"the retire protocol cannot be read: {error}")
+    elif not is_norm and reading.float64 > COEFFICIENT_CONVERSIONS and variant.param_dtype != "float64":
+        # Updaters alone: what there is of float64 is done per element.
+        problems.append(f"{reading.float64} float64 instructions in an updater of {variant.param_dtype}")
+    return Result(variant, reading, loaded, stored, problems)

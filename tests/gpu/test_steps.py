@@ -1,0 +1,172 @@
+"""Steps, captures and replays on a GPU, against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_clr import CyclicLR, FusedAdam
+from fused_clr.schedules import Cyclic
+from tests.helpers.on_gpu import CYCLE, PERIOD, make_params, set_gradients, torch_pair
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_eager_steps_equal_torch(dtype: torch.dtype) -> None:
+    ours, theirs = make_params(dtype), make_params(dtype)
+    optimizer = FusedAdam(ours)
+    scheduler = CyclicLR(optimizer, **CYCLE)
+    torch_optimizer, torch_scheduler = torch_pair(theirs)
+    for step in range(3 * PERIOD):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step()
+        torch_optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(torch_optimizer.param_groups[0]["lr"], rel=1e-12)
+        scheduler.step()
+        torch_scheduler.step()
+    # float64: both round in the last bits; else one rounding of the parameter's dtype per step, of steps of at most lr.
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
+def test_a_captured_step_follows_the_schedule(mode: str) -> None:
+    ours, theirs = make_params(torch.float32), make_params(torch.float32)
+    optimizer = FusedAdam(ours, schedule=Cyclic(**CYCLE))
+    torch_optimizer, torch_scheduler = torch_pair(theirs)
+    for params in (ours, theirs):
+        set_gradients(params, 0)
+    optimizer.step()
+    torch_optimizer.step()
+    torch_scheduler.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode=mode):
+        optimizer.step()
+    for step in range(1, 3 * PERIOD):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        graph.replay()
+        torch_optimizer.step()
+        torch_scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(torch_optimizer.param_groups[0]["lr"], rel=1e-12)
+        assert optimizer.param_groups[0]["betas"][0] == pytest.approx(torch_optimizer.param_groups[0]["betas"][0])
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_do_not_sync() -> None:
+    params = make_params(torch.float32)
+    optimizer = FusedAdam(params)
+    scheduler = CyclicLR(optimizer, **CYCLE)
+    set_gradients(params, 0)
+    optimizer.step()
+    scheduler.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            optimizer.zero_grad()
+            for param in params:
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            scheduler.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.status().schedule_step == 21
+
+
+def test_many_replays_drift_nowhere() -> None:
+    params = make_params(torch.float32)
+    schedule = Cyclic(**CYCLE)
+    optimizer = FusedAdam(params, schedule=schedule)
+    set_gradients(params, 0)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    before = torch.cuda.memory_allocated()
+    for _ in range(100_000):
+        graph.replay()
+    assert optimizer.status().schedule_step == 100_001
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule.lr(100_001), rel=1e-14)
+    assert optimizer.state[params[0]]["step"].item() == 100_001
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    param = torch.nn.Parameter(torch.zeros(2**31 + 5000, dtype=torch.bfloat16, device="cuda"))
+    param.grad = torch.ones_like(param)
+    FusedAdam([param], lr=0.5).step()
+    assert param.min().item() == param.max().item() == -0.5
+
+
+def test_retires_beside_other_work() -> None:
+    """Another stream keeps the multiprocessors busy, so that programs of one launch start at different times."""
+    params = [*make_params(torch.float32), torch.nn.Parameter(torch.ones(1 << 20, device="cuda"))]
+    optimizer = FusedAdam(params, schedule=Cyclic(**CYCLE), max_grad_norm=1.0)
+    set_gradients(params, 0)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    busy = torch.cuda.Stream()
+    matrix = torch.randn(2048, 2048, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(2000):
+        with torch.cuda.stream(busy):
+            matrix = (matrix @ matrix).clamp(-1, 1)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert optimizer.status().schedule_step == int(optimizer.live.applied_steps) == 2001
+    assert all(optimizer.state[param]["step"].item() == 2001 for param in params)
+
+
+def test_eager_steps_between_replays_of_two_graphs() -> None:
+    ours, theirs = make_params(torch.float32), make_params(torch.float32)
+    optimizer = FusedAdam(ours, schedule=Cyclic(**CYCLE))
+    torch_optimizer, torch_scheduler = torch_pair(theirs)
+    set_gradients(ours, 0)
+    set_gradients(theirs, 0)
+    optimizer.step()
+    torch_optimizer.step()
+    torch_scheduler.step()
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            optimizer.step()
+    for step in range(1, 3 * PERIOD):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        if step % 3:
+            graphs[step % 2].replay()
+        else:
+            static = [param.grad for param in ours]
+            for param in ours:
+                param.grad = param.grad.clone()
+            optimizer.step()
+            for param, grad in zip(ours, static, strict=True):
+                param.grad = grad
+        torch_optimizer.step()
+        torch_scheduler.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_two_devices_clip_and_skip_together() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    params = [torch.nn.Parameter(torch.ones(100, device=f"cuda:{index}")) for index in (0, 1)]
+    optimizer = FusedAdam(params, max_grad_norm=1.0, skip_if_nonfinite=True)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.live.grad_norm.item() == pytest.approx(200**0.5)
+    assert params[0].grad is not None
+    params[0].grad[3] = torch.nan
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))

@@ -1,0 +1,47 @@
+"""Parameters, gradients and a model on a GPU, and torch's pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+CYCLE: dict[str, Any] = {"base_lr": 1e-4, "max_lr": 1e-2, "step_size_up": 7, "step_size_down": 4, "mode": "triangular2"}
+
+
+PERIOD = 11
+
+
+SHAPES = ((3,), (2048,), (65, 33), (4097,), ())
+
+
+def make_params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator, device="cuda", dtype=dtype)) for s in SHAPES]
+
+
+def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
+    """New values at the same addresses."""
+    generator = torch.Generator("cuda").manual_seed(step)
+    for param in params:
+        gradient = torch.randn(param.shape, generator=generator, device="cuda", dtype=param.dtype)
+        if param.grad is None:
+            param.grad = gradient
+        else:
+            param.grad.copy_(gradient)
+
+
+def torch_pair(params: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.Adam(params, fused=True)
+    return optimizer, torch.optim.lr_scheduler.CyclicLR(optimizer, **CYCLE)
+
+
+# -- captured training loops -------------------------------------------------------------------------------------------
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8)).cuda()
+
+
+def batches(count: int) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(1)
+    return [torch.randn(32, 16, generator=generator, device="cuda") for _ in range(count)]

@@ -1,0 +1,210 @@
+"""Schedules that tests share, their torch peers, and how far from exact a value may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch.optim import lr_scheduler
+
+from fused_clr.schedules import Cyclic, Part, Scaling, Schedule, Segment, Shape
+
+LAST_STEP = 2**53 - 1
+# A rounding each in the difference, the quotient and the product, each up to an ulp, and half an ulp in the sum.
+ULPS = 4
+# gamma**step = exp2(step * log2(gamma)): half an ulp of log2, times at most 1,074, times log(2).
+EXP_RANGE_RTOL = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(Schedule):
+    """Whatever parts a test wants."""
+
+    given: tuple[Part, ...]
+
+    def parts(self) -> tuple[Part, ...]:
+        return self.given
+
+
+def once(*segments: Segment, **scaling: Any) -> Given:
+    return Given((Part(segments, scaling=Scaling(**scaling)),))
+
+
+def repeated(*segments: Segment, **scaling: Any) -> Given:
+    return Given((Part(segments, repeats=True, scaling=Scaling(**scaling)),))
+
+
+CYCLIC = {
+    "symmetric": Cyclic(1e-4, 1e-2, 2000),
+    "asymmetric": Cyclic(1e-3, 1e-2, 7, 5),
+    "one-step-up": Cyclic(0.0, 0.1, 1, 12),
+    "long": Cyclic(2.5e-4, 1e-3, 102_000),
+    "triangular2": Cyclic(2.5e-4, 1e-3, 102_000, mode="triangular2"),
+    "triangular2-short": Cyclic(0.0, 0.3, 3, 4, mode="triangular2"),
+    "equal-bounds": Cyclic(0.1, 0.1, 11),
+    "huge-period": Cyclic(1e-5, 1e-3, 2**51, 2**50 + 1),
+    "halves": Cyclic(1e-4, 1e-2, 2.5, 3.25),
+    "tenths": Cyclic(1e-4, 1e-2, 0.1, 7.3),
+}
+
+
+def shape_segments() -> dict[str, tuple[Segment, ...]]:
+    """Every shape, rising and falling, each 24 steps long with the momentum against it."""
+    shapes = {
+        "linear": (Shape.LINEAR, 1.0),
+        "cosine": (Shape.COSINE, 1.0),
+        "polynomial": (Shape.POLYNOMIAL, 2.5),
+        "polynomial-half": (Shape.POLYNOMIAL, 0.5),
+        "power": (Shape.POWER, 3.0),
+        "power-half": (Shape.POWER, 0.5),
+        "exponential": (Shape.EXPONENTIAL, 1.0),
+    }
+    return {
+        name: (
+            Segment(24, shape, (1e-4, 0.5), (0.95, 0.8), power),
+            Segment(24, shape, (0.5, 1e-3), (0.8, 0.9), power),
+            Segment(5, Shape.CONSTANT, (0.25, 0.25), (0.9, 0.9)),
+        )
+        for name, (shape, power) in shapes.items()
+    }
+
+
+def progress_of(segment: Segment, x: float) -> float:
+    """The formulas of `Shape`, as they stand there."""
+    if segment.shape == Shape.COSINE:
+        return (1 - math.cos(math.pi * x)) / 2
+    if segment.shape == Shape.POLYNOMIAL:
+        return 1 - (1 - x) ** segment.power
+    if segment.shape == Shape.POWER:
+        return x**segment.power
+    if segment.shape == Shape.EXPONENTIAL:
+        first, last = segment.lr
+        return (first * (last / first) ** x - first) / (last - first)
+    return x
+
+
+def edge_steps(schedule: Cyclic) -> list[int]:
+    """The ends and peaks of early, late and last cycles, their neighbours, and random steps."""
+    assert schedule.step_size_down is not None
+    period = Fraction(schedule.step_size_up) + Fraction(schedule.step_size_down)
+    edges = {0, 1, LAST_STEP, LAST_STEP - 1, 2**24, 2**24 + 1, 2**31, 2**32 + 1}
+    for cycle in (0, 1, 2, 30, 1021, 1022, 1023, 1031, 1074, 1075, 3000, int(LAST_STEP / period) - 1):
+        for corner in (int(cycle * period), int(cycle * period + Fraction(schedule.step_size_up))):
+            edges |= {corner - 1, corner, corner + 1}
+    rng = random.Random(0)
+    edges |= {rng.randrange(2 ** rng.randrange(1, 54)) for _ in range(60)}
+    return sorted(step for step in edges if 0 <= step <= LAST_STEP)
+
+
+def assert_within_ulps(actual: float, exact: Fraction | float, ulp_of: float | None = None, ulps: float = ULPS) -> None:
+    ulp = Fraction(math.ulp(float(exact) if ulp_of is None else ulp_of))
+    assert abs(Fraction(actual) - Fraction(exact)) <= ulps * ulp, (
+        f"{actual!r} is {float((Fraction(actual) - Fraction(exact)) / ulp):.2f} ulp off {float(exact)!r}"
+    )
+
+
+# -- scale functions ---------------------------------------------------------------------------------------------------
+def halving(x: float) -> float:
+    return 0.5 ** (x - 1)
+
+
+def waning(x: float) -> float:
+    return 1 / (1 + 0.01 * x)
+
+
+# -- torch's schedulers ------------------------------------------------------------------------------------------------
+PEER_LR = 0.02
+PEER_STEPS = 230
+
+Peer = tuple[Schedule, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], int]
+
+
+def torch_peers() -> dict[str, Peer]:
+    """Schedule, torch's scheduler, and the last step at which they are to agree."""
+    lr, last = PEER_LR, PEER_STEPS
+    gamma = 0.97
+    peers: dict[str, Peer] = {
+        "LinearLR": (
+            once(Segment(50, Shape.LINEAR, (lr / 10, lr))),
+            lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 50),
+            last,
+        ),
+        "PolynomialLR": (
+            once(Segment(100, Shape.POLYNOMIAL, (lr, 0.0), power=2.0)),
+            lambda o: lr_scheduler.PolynomialLR(o, 100, 2.0),
+            last,
+        ),
+        "CosineAnnealingLR": (
+            once(Segment(last, Shape.COSINE, (lr, 1e-3))),
+            lambda o: lr_scheduler.CosineAnnealingLR(o, last, 1e-3),
+            last,
+        ),
+        "CosineAnnealingWarmRestarts": (
+            repeated(Segment(60, Shape.COSINE, (lr, 1e-3))),
+            lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 60, eta_min=1e-3),
+            last,
+        ),
+        "ExponentialLR": (
+            once(Segment(last, Shape.EXPONENTIAL, (lr, lr * gamma**last))),
+            lambda o: lr_scheduler.ExponentialLR(o, gamma),
+            last,
+        ),
+        "ExponentialLR-scaled": (
+            repeated(Segment(1, Shape.CONSTANT, (lr, lr)), factor=gamma, per="step"),
+            lambda o: lr_scheduler.ExponentialLR(o, gamma),
+            last,
+        ),
+        "StepLR": (
+            repeated(Segment(30, Shape.CONSTANT, (lr, lr)), factor=0.1),
+            lambda o: lr_scheduler.StepLR(o, 30, 0.1),
+            last,
+        ),
+        "OneCycleLR": (
+            once(
+                Segment(0.3 * last - 1, Shape.COSINE, (lr / 25, lr), (0.95, 0.85)),
+                Segment(0.7 * last, Shape.COSINE, (lr, lr / 25 / 1e4), (0.85, 0.95)),
+            ),
+            lambda o: lr_scheduler.OneCycleLR(o, lr, last),
+            last - 1,
+        ),
+        "OneCycleLR-three-phases": (
+            once(
+                Segment(0.3 * last - 1, Shape.LINEAR, (lr / 25, lr), (0.95, 0.85)),
+                Segment(0.3 * last - 1, Shape.LINEAR, (lr, lr / 25), (0.85, 0.95)),
+                Segment(last - 1 - 2 * (0.3 * last - 1), Shape.LINEAR, (lr / 25, lr / 25 / 1e4), (0.95, 0.95)),
+            ),
+            lambda o: lr_scheduler.OneCycleLR(o, lr, last, anneal_strategy="linear", three_phase=True),
+            last - 1,
+        ),
+    }
+    for mode in ("triangular", "triangular2", "exp_range"):
+        for sizes in ((7, 4), (2.5, 3.25)):
+            peers[f"CyclicLR-{mode}-{sizes[0]}-{sizes[1]}"] = cyclic_peer(*sizes, mode=mode, gamma=gamma)
+    return peers
+
+
+def cyclic_peer(up: float, down: float, **arguments: Any) -> Peer:
+    # Torch's phase, step / period - cycle, loses log2(cycles) bits, and so does its square of a height near 0.
+    return (
+        Cyclic(1e-4, 1e-2, up, down, **arguments),
+        lambda optimizer: lr_scheduler.CyclicLR(optimizer, 1e-4, 1e-2, up, down, **arguments),  # type: ignore[arg-type]
+        80,
+    )
+
+
+def torch_values(peer: Peer) -> Iterator[tuple[int, float, float]]:
+    """Step, learning rate and beta1 of torch's scheduler."""
+    _, make, last = peer
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=PEER_LR)
+    scheduler = make(optimizer)
+    optimizer.step()
+    for step in range(last + 1):
+        group = optimizer.param_groups[0]
+        yield step, group["lr"], group["betas"][0]
+        if step < last:
+            scheduler.step()

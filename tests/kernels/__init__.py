@@ -1,0 +1,1 @@
+"""What a launch does, seen in the interpreter: its programs, memory and promises, norms, skips."""

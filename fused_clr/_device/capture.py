@@ -21,11 +21,15 @@ class Place(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    # Bits of a tensor whose memory does not hold its values as they are.
+    conj: bool
+    neg: bool
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Place:
         """The current place of a tensor."""
-        return cls(name, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+        return cls(name, tensor.data_ptr(), *layout)
 
     def same_layout(self, other: Place) -> bool:
         """Whether two places differ in their address at most."""
@@ -109,6 +113,12 @@ class Capture:
     def _compare(now: Sequence[Place], then: Sequence[Place], optimizer_only: bool) -> bool:
         """Whether any moved. Raises an error if the step must be captured again."""
         for new, old in zip(now, then, strict=True):
+            if (new.conj, new.neg) != (old.conj, old.neg):
+                bit = "conj" if new.conj != old.conj else "neg"
+                raise RuntimeError(
+                    f"{old.name} has its {bit} bit {'set' if getattr(new, bit) else 'cleared'} since the capture, so "
+                    "that its memory means something else; resolve it (resolve_conj, resolve_neg), or capture again"
+                )
             if not new.same_layout(old):
                 raise RuntimeError(
                     f"{old.name} was captured with shape {tuple(old.shape)}, strides {old.stride} and {old.dtype}, and "

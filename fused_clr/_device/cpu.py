@@ -94,7 +94,7 @@ class CpuEngine(Engine):
         self.moments = Moments(self.parameters, state, rule, groups, self.state.step_mirror)
         self._options = options
         self._rule = rule
-        self._plans: PlanCache[CpuPlan] = PlanCache(self.parameters)
+        self._plans: PlanCache[CpuPlan] = PlanCache()
         self._updates = [rule.cpu_update(group.values, group.maximize) for group in groups]
         # The result of `prepare`.
         self._ready: tuple[CpuPlan, list[Tensor | None]] | None = None
@@ -113,10 +113,9 @@ class CpuEngine(Engine):
         """See `Engine.forget_plans`."""
         self._plans.clear()
 
-    def _build_plan(self, grads: list[Tensor | None]) -> CpuPlan:
-        """Checks gradients and state, creates missing state, and sorts the tensors into batches."""
-        self.parameters.check_device()
-        self.parameters.check_grads(grads)
+    def _build_plan(self, grads: list[Tensor | None]) -> tuple[CpuPlan, list[Tensor]]:
+        """Checks parameters, gradients and state, creates missing state, and sorts the tensors into batches."""
+        self.parameters.check(grads)
         active = [index for index, grad in enumerate(grads) if grad is not None]
         for index in active:
             self.moments.check(index)
@@ -132,10 +131,11 @@ class CpuEngine(Engine):
                 group_index = self.parameters.records[index].group_index
                 batches.setdefault((group_index, param.dtype, converts), []).append(index)
         mirror = self.state.step_mirror
-        return CpuPlan(
+        plan = CpuPlan(
             [self._batch(group_index, indices, converts) for (group_index, _, converts), indices in batches.items()],
             None if len(active) == len(self.parameters) else [mirror[index] for index in active],
         )
+        return plan, [self.parameters.tensors[index] for index in active]
 
     def _batch(self, group_index: int, indices: list[int], converts: bool) -> Batch:
         params = [self.parameters.tensors[index] for index in indices]

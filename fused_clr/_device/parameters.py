@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .settings import TensorRecord
 from .sharding import is_dtensor, local_gradient, local_tensor, norm_shares, sum_over
-from .tensors import check_gradient
+from .tensors import check_gradient, check_parameter
 
 read_grad = attrgetter("grad")
 
@@ -69,23 +69,19 @@ class Parameters:
         self.tensors = present
         return True
 
-    def check_device(self) -> None:
-        """Checks that all parameters are still on this device.
+    def check(self, grads: Sequence[Tensor | None]) -> None:
+        """Checks that the parameters can still be stepped, and that the gradients can update them.
 
         Raises:
-            ParametersMovedError: One is not.
+            ParametersMovedError: A parameter is on another device.
+            ValueError: One has a dtype or layout that is not supported; the message names it.
+            RuntimeError: A gradient cannot update its parameter; the message names it.
         """
         if any(record.param.device != self.device for record in self.records):
             raise ParametersMovedError
-
-    def check_grads(self, grads: Sequence[Tensor | None]) -> None:
-        """Checks that gradients can update their parameters.
-
-        Raises:
-            RuntimeError: One cannot; the message names its parameter.
-        """
         for record, param, grad in zip(self.records, self.tensors, grads, strict=True):
             if grad is not None:
+                check_parameter(record.name, param)
                 check_gradient(record.name, param, grad)
 
     def names(self, indices: Sequence[int]) -> str:

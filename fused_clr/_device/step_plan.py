@@ -87,6 +87,7 @@ class StepPlan:
     Args:
         active: Indices of the tensors that it updates, in order.
         params: These tensors.
+        states: Their state tensors, one list for each.
         rows: int64[num_tensors, TENSOR_COLUMNS], the tensor table without addresses of parameters and gradients.
         buffers: By tensor index: the buffer that a gradient is first copied into, if its layout is not its parameter's.
         chunks: The chunks of the tensors.
@@ -97,6 +98,7 @@ class StepPlan:
         self,
         active: list[int],
         params: list[Tensor],
+        states: list[list[Tensor]],
         rows: NDArray[np.int64],
         buffers: dict[int, Tensor],
         chunks: Chunks,
@@ -104,7 +106,9 @@ class StepPlan:
     ) -> None:
         self.active = active
         self.params = params
-        self.param_layouts = layouts(params)
+        self.states = [tensor for own in states for tensor in own]
+        self._state_rows = np.array([index for index, own in zip(active, states, strict=True) for _ in own], np.intp)
+        self._state_columns = layout.STATES.value + np.array([i for own in states for i in range(len(own))], np.intp)
         self.rows = rows
         self.buffers = buffers
         self.chunks = chunks
@@ -142,25 +146,21 @@ class StepPlan:
             stream.synchronize()
 
     def find_addresses(self, grads: Sequence[Tensor | None]) -> list[int]:
-        """Addresses of parameters, then of gradients. Copies gradients of another layout into their buffers first."""
+        """Addresses of parameters, gradients and states; gradients of another layout are copied into buffers first."""
         active: list[Any] = list(grads)
         if len(self.active) != len(grads):
             active = [grads[index] for index in self.active]
         for index, buffer in self.buffers.items():
             active[self.active.index(index)] = buffer.copy_(grads[index])  # type: ignore[arg-type]
-        return [*map(Tensor.data_ptr, self.params), *map(Tensor.data_ptr, active)]
+        return [*map(Tensor.data_ptr, self.params), *map(Tensor.data_ptr, active), *map(Tensor.data_ptr, self.states)]
 
     def set_addresses(self, addresses: list[int]) -> None:
-        """Writes the addresses of `find_addresses` into the rows; uploads nothing."""
+        """Writes what `find_addresses` gave into the rows; uploads nothing."""
         count = len(self.params)
         active = np.array(self.active, np.intp)
         self.rows[active, layout.PARAM.value] = addresses[:count]
-        self.rows[active, layout.GRAD.value] = addresses[count:]
-
-
-def layouts(tensors: Sequence[Tensor]) -> list[Any]:
-    """Dtypes and strides, which an address does not show."""
-    return [(tensor.dtype, tensor.stride()) for tensor in tensors]
+        self.rows[active, layout.GRAD.value] = addresses[count : 2 * count]
+        self.rows[self._state_rows, self._state_columns] = addresses[2 * count :]
 
 
 def evaluators(num_tensors: int, num_groups: int, config: LaunchConfig) -> int:

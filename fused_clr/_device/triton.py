@@ -21,8 +21,8 @@ from .rules import UpdateRule
 from .settings import GroupSettings, Options, TensorRecord
 from .sharding import local_tensor
 from .state import DeviceState
-from .step_plan import DTYPE_CODES, StepLaunches, StepPlan, config_for_device, layouts, make_step_launches
-from .tensors import is_resolved, real_dtype, same_layout, upload
+from .step_plan import DTYPE_CODES, StepLaunches, StepPlan, config_for_device, make_step_launches
+from .tensors import is_resolved, real_dtype, real_numel, same_layout, upload
 
 
 class TritonEngine(Engine):
@@ -60,7 +60,7 @@ class TritonEngine(Engine):
         )
         self.moments = Moments(self.parameters, state, rule, groups, self.state.step_mirror)
         self._options, self._rule = options, rule
-        self._plans: PlanCache[StepPlan] = PlanCache(self.parameters)
+        self._plans: PlanCache[StepPlan] = PlanCache()
         # The result of `prepare`, for `compute_norm` and `launch`. Keeps temporary gradients (reduced sums) alive.
         self._ready: tuple[StepPlan, StepLaunches, list[Tensor | None]] | None = None
 
@@ -101,12 +101,6 @@ class TritonEngine(Engine):
         plan = self._plans.get(grads, self._build_plan)
         addresses = plan.find_addresses(grads)
         if addresses != plan.addresses:
-            self.parameters.check_device()
-            if layouts(plan.params) != plan.param_layouts:
-                # The gradients are the same, but parameters have another dtype or layout.
-                self._plans.clear()
-                plan = self._plans.get(grads, self._build_plan)
-                addresses = plan.find_addresses(grads)
             plan.set_addresses(addresses)
             upload(plan.rows, self.device, out=plan.tensor_table)
             plan.addresses = addresses
@@ -116,10 +110,9 @@ class TritonEngine(Engine):
                 plan.stock_spare_tables()
         self._ready = plan, plan.launches, grads
 
-    def _build_plan(self, grads: list[Tensor | None]) -> StepPlan:
-        """Checks gradients and state, creates missing state, and allocates tables."""
-        self.parameters.check_device()
-        self.parameters.check_grads(grads)
+    def _build_plan(self, grads: list[Tensor | None]) -> tuple[StepPlan, list[Tensor]]:
+        """Checks parameters, gradients and state, creates missing state, and allocates tables."""
+        self.parameters.check(grads)
         active = [index for index, grad in enumerate(grads) if grad is not None]
         for index in active:
             self.moments.check(index)
@@ -139,13 +132,15 @@ class TritonEngine(Engine):
                 buffers[index] = torch.empty_like(param, dtype=grad.dtype, requires_grad=False)
             rows[index, layout.ACTIVE.value] = 1
             rows[index, layout.GRAD_DTYPE.value] = DTYPE_CODES[real_dtype(grad.dtype)]
-            self._set_state_addresses(rows, index)
+            rows[index, layout.NUMEL.value] = real_numel(param)
         num_states = [len(self.moments.keys(index)) for index in range(len(params))]
         measured = None if self._options.max_grad_norm is None else self.parameters.measured
         chunks = cut_into_chunks(
             params, grads, num_states, self._rule.required_states, self.config.block_size, measured
         )
-        return StepPlan(active, [params[index] for index in active], rows, buffers, chunks, self.device)
+        states = [self.moments.of(index) for index in active]
+        active_params = [params[index] for index in active]
+        return StepPlan(active, active_params, states, rows, buffers, chunks, self.device), active_params
 
     def _set_state_addresses(self, rows: Any, index: int) -> None:
         addresses = [tensor.data_ptr() for tensor in self.moments.of(index)]

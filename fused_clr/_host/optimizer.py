@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
+from operator import is_not
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
@@ -59,9 +61,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Changes that the engines do not have yet.
         self._structure_changed = True
         self._state_changed = self._settings_changed = False
-        # Torch lets users append to group["params"].
+        # Groups and parameters that the engines know: torch lets users edit both lists in place.
+        self._known_groups: list[ParamGroup] = []
         self._param_lists: list[list[Tensor]] = []
-        self._param_counts: list[int] = []
+        self._known_params: list[Tensor] = []
         # Where groups were when last looked at; a group is searched for if it is not there.
         self._group_indices: dict[int, int] = {}
         # Between optimizer.step() and scheduler.step(), torch's param groups show what was just applied.
@@ -123,13 +126,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _ready(self) -> Engines:
         """The engines, after applying all changes made since the last call."""
-        if [len(params) for params in self._param_lists] != self._param_counts:
-            self._structure_changed = True
+        if not self._structure_changed and self._lists_edited():
+            self._restructure()
         engines = self._engines
         if self._structure_changed:
+            self._adopt_groups()
             engines.rebuild(self._records(), self._settings(), self._state, adopt=self._state_changed)
+            self._known_groups = list(self.param_groups)
             self._param_lists = [group.stored("params") for group in self.param_groups]
-            self._param_counts = [len(params) for params in self._param_lists]
+            self._known_params = list(chain.from_iterable(self._param_lists))
             self._group_indices = {id(group): index for index, group in enumerate(self.param_groups)}
             self._structure_changed = self._state_changed = self._settings_changed = False
         if self._state_changed:
@@ -139,6 +144,32 @@ class FusedOptimizer(torch.optim.Optimizer):
             engines.set_groups(self._settings())
             self._settings_changed = False
         return engines
+
+    def _lists_edited(self) -> bool:
+        """Whether ``param_groups`` or some ``group["params"]`` was edited in place."""
+        # By identity: == of tensors compares values.
+        groups, known = self.param_groups, self._known_groups
+        if len(groups) != len(known) or any(map(is_not, groups, known)):
+            return True
+        if sum(map(len, self._param_lists)) != len(self._known_params):
+            return True
+        return any(map(is_not, chain.from_iterable(self._param_lists), self._known_params))
+
+    def _adopt_groups(self) -> None:
+        """Replaces plain dicts that users put into ``param_groups``; checks all of them first.
+
+        Raises:
+            ValueError: A hyperparameter or parameter is not allowed, or one is missing.
+        """
+        groups: list[Any] = list(self.param_groups)
+        for index, group in enumerate(groups):
+            if isinstance(group, ParamGroup):
+                continue
+            missing = set(self.defaults) - {"schedule"} - set(group)
+            if missing:
+                raise ValueError(f"param_groups[{index}] has no {sorted(missing)}")
+            groups[index] = self._make_group(index, dict(group))
+        self.param_groups[:] = groups
 
     def _settings(self) -> list[Any]:
         return [group.settings() for group in self.param_groups]
@@ -201,18 +232,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         # A copy: torch writes its defaults into the dict.
         super().add_param_group(dict(param_group))
         plain: dict[str, Any] = self.param_groups.pop()
-        index = len(self.param_groups)
-        for name in list(plain):
-            plain[name] = check_hyperparameter(name, plain[name])
-        for position, param in enumerate(plain["params"]):
-            check_parameter(f"param_groups[{index}]['params'][{position}]", local_tensor(param))
-        if len({id(param) for param in plain["params"]}) != len(plain["params"]):
-            raise ValueError(f"param_groups[{index}]['params'] must not hold a parameter twice")
-        schedule = plain.pop("schedule")
-        group = ParamGroup({**plain, "schedule": None}, weakref.ref(self))
-        group.set_schedule(schedule)
-        self.param_groups.append(group)
+        self.param_groups.append(self._make_group(len(self.param_groups), plain))
         self._restructure()
+
+    def _make_group(self, index: int, values: dict[str, Any]) -> ParamGroup:
+        """A checked group of a plain dict."""
+        values = {name: check_hyperparameter(name, value) for name, value in values.items()}
+        for position, param in enumerate(values["params"]):
+            check_parameter(f"param_groups[{index}]['params'][{position}]", local_tensor(param))
+        if len({id(param) for param in values["params"]}) != len(values["params"]):
+            raise ValueError(f"param_groups[{index}]['params'] must not hold a parameter twice")
+        schedule = values.pop("schedule", None)
+        group = ParamGroup({**values, "schedule": None}, weakref.ref(self))
+        group.set_schedule(schedule)
+        return group
 
     # -- the step -----------------------------------------------------------------------------------------------------
     @overload

@@ -39,6 +39,9 @@ class Batch:
     converts: bool
     is_complex: bool
 
+    # All of the engine's tensors are in it.
+    is_whole: bool
+
     def __post_init__(self) -> None:
         first, *rest = self.indices
         # Takes a sequence of entries. With one index, itemgetter would return the entry itself: use a slice.
@@ -52,7 +55,7 @@ class Batch:
             factor: The factor to multiply them by.
             write_back: Multiply them in place, instead of copies.
         """
-        own: TensorList = self.take(grads)
+        own: TensorList = grads if self.is_whole else self.take(grads)  # type: ignore[assignment]
         if factor == 1.0 and not self.converts:
             return own
         if factor != 1.0:
@@ -151,6 +154,7 @@ class CpuEngine(Engine):
             [self.state.step_mirror[index] for index in indices],
             converts,
             is_complex,
+            len(indices) == len(self.parameters),
         )
 
     def prepare(self) -> None:

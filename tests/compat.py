@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 # All but the frameworks, the pictures and pages, the benchmarks and the slowest.
 CORE = ["tests/api", "tests/kernels", "tests/parity", "tests/integrations"]
 LEFT_OUT = [
+    "tests/api/test_bench.py",
     "tests/api/test_cli.py",
     "tests/api/test_demo.py",
     "tests/api/test_docs.py",

@@ -63,8 +63,9 @@ def adam_update(param, grad, states, scalar_row_ptr):
     grad = tl.where(l2_decay == 0, grad, grad + l2_decay * param)
     param = param * decay_factor
     exp_avg += one_minus_beta1 * (grad - exp_avg)
+    # As torch's fused kernels, the factor goes before the square, which would overflow for a gradient of 3e19.
+    next_exp_avg_sq = exp_avg_sq + (one_minus_beta2 * grad * grad - one_minus_beta2 * exp_avg_sq)
     # inf - inf would be NaN. As in torch, a second moment that overflowed stays infinite: its element stops.
-    next_exp_avg_sq = exp_avg_sq + one_minus_beta2 * (grad * grad - exp_avg_sq)
     exp_avg_sq = tl.where(exp_avg_sq == float("inf"), exp_avg_sq, next_exp_avg_sq)
     new_states = (exp_avg, exp_avg_sq)
     second_moment = exp_avg_sq

@@ -19,7 +19,7 @@ from .parameters import Parameters, ParametersMovedError
 from .plan_cache import PlanCache
 from .rules import UpdateRule
 from .settings import GroupSettings, Options, TensorRecord
-from .tensors import is_resolved, same_layout
+from .tensors import is_low_precision, is_resolved, same_layout, total_norm
 
 # What torch's kernels take.
 TensorList = tuple[Tensor, ...] | list[Tensor]
@@ -38,7 +38,8 @@ class Batch:
     # The gradients must be copied into the parameters' dtype and layout first.
     converts: bool
     is_complex: bool
-
+    # Torch's kernel unscales: float16 gradients, once unscaled, may be too small for float16.
+    kernel_unscales: bool
     # All of the engine's tensors are in it.
     is_whole: bool
 
@@ -47,25 +48,46 @@ class Batch:
         # Takes a sequence of entries. With one index, itemgetter would return the entry itself: use a slice.
         self.take: Any = itemgetter(first, *rest) if rest else itemgetter(slice(first, first + 1))
 
-    def gradients(self, grads: Sequence[Tensor | None], factor: float, write_back: bool) -> TensorList:
+    def gradients(
+        self, grads: Sequence[Tensor | None], factor: float, write_back: bool
+    ) -> tuple[TensorList, Tensor | None]:
         """This batch's gradients, as torch's kernel wants them.
 
         Args:
             grads: One entry per parameter of the engine.
             factor: The factor to multiply them by.
             write_back: Multiply them in place, instead of copies.
+
+        Returns:
+            The gradients; what the kernel divides them by, or None. It writes the quotients into them.
         """
         own: TensorList = grads if self.is_whole else self.take(grads)  # type: ignore[assignment]
         if factor == 1.0 and not self.converts:
-            return own
-        if factor != 1.0:
+            return own, None
+        if factor == 1.0:
+            return self._converted(own), None
+        wide = torch.promote_types(torch.promote_types(own[0].dtype, self.params[0].dtype), torch.float32)
+        if self.kernel_unscales:
+            scale = torch.tensor(1.0 / factor if factor else math.inf, dtype=torch.float32, device="cpu")
+            if not self.converts:
+                return own if write_back else [grad.clone() for grad in own], scale
+            copies = self._converted(own)
             if write_back:
-                torch._foreach_mul_(own, factor)
-            else:
-                own = torch._foreach_mul(own, factor)
-        if self.converts:
-            own = [torch.empty_like(param).copy_(grad) for param, grad in zip(self.params, own, strict=True)]
-        return own
+                torch._foreach_copy_(own, [grad.to(wide) * factor for grad in own])
+            return copies, scale
+        if not self.converts:
+            if not write_back:
+                return torch._foreach_mul(own, factor), None
+            torch._foreach_mul_(own, factor)
+            return own, None
+        scaled = [grad.to(wide) * factor for grad in own]
+        if write_back:
+            torch._foreach_copy_(own, scaled)
+        return self._converted(scaled), None
+
+    def _converted(self, grads: TensorList) -> list[Tensor]:
+        """Copies in the parameters' dtype and layout."""
+        return [torch.empty_like(param).copy_(grad) for param, grad in zip(self.params, grads, strict=True)]
 
 
 @dataclass
@@ -132,15 +154,17 @@ class CpuEngine(Engine):
             if grad.numel():
                 converts = grad.dtype != param.dtype or not same_layout(grad, param) or not is_resolved(grad)
                 group_index = self.parameters.records[index].group_index
-                batches.setdefault((group_index, param.dtype, converts), []).append(index)
+                batches.setdefault((group_index, param.dtype, grad.dtype, converts), []).append(index)
         mirror = self.state.step_mirror
         plan = CpuPlan(
-            [self._batch(group_index, indices, converts) for (group_index, _, converts), indices in batches.items()],
+            [self._batch(*key, indices) for key, indices in batches.items()],
             None if len(active) == len(self.parameters) else [mirror[index] for index in active],
         )
         return plan, [self.parameters.tensors[index] for index in active]
 
-    def _batch(self, group_index: int, indices: list[int], converts: bool) -> Batch:
+    def _batch(
+        self, group_index: int, dtype: torch.dtype, grad_dtype: torch.dtype, converts: bool, indices: list[int]
+    ) -> Batch:
         params = [self.parameters.tensors[index] for index in indices]
         states = [self.moments.of(index) for index in indices]
         is_complex = params[0].is_complex()
@@ -154,7 +178,8 @@ class CpuEngine(Engine):
             [self.state.step_mirror[index] for index in indices],
             converts,
             is_complex,
-            len(indices) == len(self.parameters),
+            kernel_unscales=grad_dtype == dtype and is_low_precision(dtype),
+            is_whole=len(indices) == len(self.parameters),
         )
 
     def prepare(self) -> None:
@@ -177,7 +202,7 @@ class CpuEngine(Engine):
         _, grads = self._ready
         if len(self.parameters.measured) != len(grads):
             grads = [grads[index] for index in self.parameters.measured]
-        norm = float(torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None]))
+        norm = float(total_norm([grad for grad in grads if grad is not None]))
         if grad_scale is not None:
             norm /= float(grad_scale)
         self.state.set_norm(norm, skip_if_nonfinite)
@@ -206,12 +231,13 @@ class CpuEngine(Engine):
             write_back = self._options.write_back_grads
             for batch in plan.batches:
                 params: Sequence[Tensor] = batch.params
-                own_grads = batch.gradients(grads, factor, write_back)
+                own_grads, kernel_scale = batch.gradients(grads, factor, write_back)
                 if batch.is_complex:
                     params = [torch.view_as_real(param) for param in params]
                     own_grads = [torch.view_as_real(grad) for grad in own_grads]
                 lr, momentum = state.next[batch.group_index]
-                self._updates[batch.group_index](params, own_grads, batch.states, batch.steps, lr, momentum)
+                update = self._updates[batch.group_index]
+                update(params, own_grads, batch.states, batch.steps, lr, momentum, kernel_scale)
         state.finish_step(scale, skipped, ticks=not skipped or self._options.advance_schedule_on_skip)
 
     def tick(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .settings import TensorRecord
 from .sharding import is_dtensor, local_gradient, local_tensor, norm_shares, sum_over
-from .tensors import check_gradient, check_parameter
+from .tensors import check_gradient, check_parameter, total_norm
 
 read_grad = attrgetter("grad")
 
@@ -104,7 +104,7 @@ class Parameters:
         grads = self.grads() if len(self._norm_shares) > 1 else []
         for share in self._norm_shares[1:]:
             present = [grad for grad in (grads[index] for index in share.indices) if grad is not None]
-            norm = torch.nn.utils.get_total_norm(present).to(self.device, torch.float64)
+            norm = total_norm(present).to(self.device, torch.float64)
             if grad_scale is not None:
                 norm = norm / grad_scale.to(self.device)
             total = total + sum_over(share.process_groups, norm.square())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,26 @@ def same_layout(first: Tensor, second: Tensor) -> bool:
 def is_resolved(tensor: Tensor) -> bool:
     """Whether memory holds the tensor's values: neither its conj nor its neg bit is set."""
     return not (tensor.is_conj() or tensor.is_neg())
+
+
+def is_low_precision(dtype: torch.dtype) -> bool:
+    """Whether a step must compute in float32 what this dtype stores."""
+    return torch.finfo(real_dtype(dtype)).bits < 32
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients, as `torch.nn.utils.get_total_norm`; of float16 and bfloat16 ones in float32.
+
+    In float16 the norm of scaled gradients would overflow.
+    """
+    low = [grad for grad in grads if is_low_precision(grad.dtype)]
+    if not low:
+        return torch.nn.utils.get_total_norm(grads)
+    norms = torch._foreach_norm([torch.view_as_real(g) if g.is_complex() else g for g in low], 2.0, torch.float32)
+    others = [grad for grad in grads if not is_low_precision(grad.dtype)]
+    if others:
+        norms = [*norms, torch.nn.utils.get_total_norm(others)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def check_parameter(name: str, param: Tensor) -> None:

@@ -42,9 +42,11 @@ def _cpu_update(values: Mapping[str, Any], maximize: bool) -> CpuUpdate:
         steps: list[Tensor],
         lr: float,
         momentum: float,
+        grad_scale: Tensor | None,
     ) -> None:
         max_exp_avg_sqs = states[2] if len(states) == 3 else []
-        function(params, grads, states[0], states[1], max_exp_avg_sqs, steps, lr=lr, beta1=momentum, **numbers)
+        averages = states[0], states[1], max_exp_avg_sqs
+        function(params, grads, *averages, steps, lr=lr, beta1=momentum, grad_scale=grad_scale, **numbers)
 
     return update
 

@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# (params, grads, states, steps, lr, momentum): updates in place. ``states`` has one list of tensors per state key.
-CpuUpdate = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[list[Tensor]], list[Tensor], float, float], None]
+# (params, grads, states, steps, lr, momentum, grad_scale): updates in place. ``states`` has one list of tensors per key.
+# The gradients are divided by ``grad_scale``, float32[], if there is one, in float32; the quotients may be written into
+# them.
+CpuUpdate = Callable[
+    [Sequence[Tensor], Sequence[Tensor], Sequence[list[Tensor]], list[Tensor], float, float, Tensor | None], None
+]
 
 
 class UpdateRule(NamedTuple):

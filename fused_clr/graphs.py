@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,10 +18,14 @@ __all__ = ["CapturedStep", "GraphedStep"]
 
 
 class Graph(NamedTuple):
-    """A captured step for inputs of one kind, with its input tensors, its output and the gradients it writes."""
+    """A captured step for inputs of one kind, with its input tensors, its output and the gradients it writes.
+
+    ``written`` are the positions of the inputs that the step writes into.
+    """
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
+    written: list[int]
     output: Any
     captured: list[tuple[FusedOptimizer, CapturedStep]]
     grads: list[tuple[Tensor, Tensor | None]]
@@ -33,19 +37,21 @@ class GraphedStep:
 
     Every call is one training step, on any device: it clears the gradients (to None), then runs ``step`` or a replay of
     it. The first ``num_warmup_iters`` calls with inputs of a new kind run eagerly, on a side stream. The next call is
-    captured. Inputs of another shape, dtype or structure get their own graph, and so do other values of arguments that
-    are not tensors. If ``add_param_group`` or another change makes the graphs unusable, calls warm up and capture
-    again. On a machine without CUDA every call runs eagerly.
+    captured. Inputs of another shape, dtype, ``requires_grad`` or structure get their own graph, and so do other values
+    or types of arguments that are not tensors. If ``add_param_group`` or another change makes the graphs unusable, or a
+    capture fails, calls warm up and capture again. On a machine without CUDA every call runs eagerly.
 
     Args:
         step: Does forward, backward and ``optimizer.step()`` for the batch it is given, and may return tensors. It is
-            called with the arguments of a call; tensors among them are moved to the optimizer's device. All of it must
-            be capturable: no ``.item()``, no control flow that depends on values of tensors. ``torch.autocast`` and
+            called with the arguments of a call; tensors among them are moved to the optimizer's device. What it writes
+            into them, and their ``grad``, reaches the caller's tensors if those are on that device. All of it must be
+            capturable: no ``.item()``, no control flow that depends on values of tensors. ``torch.autocast`` and
             `torch.amp.GradScaler` are capturable.
         optimizer: The `FusedAdam` that ``step`` steps, or a list where it steps several.
         num_warmup_iters: Eager calls before a capture, >= 1. Use 11 for DistributedDataParallel, as torch's
             documentation says.
-        check: When `FusedAdam.check_replay` runs: "first", before a graph's first replay; "always"; "never".
+        check: When `FusedAdam.check_replay` runs: "always"; "first", before a graph's first replay, and before later
+            ones if a parameter has moved in memory; "never".
         max_graphs: Graphs kept, >= 1. The least recently used one is released first.
         capture_error_mode: As for `torch.cuda.graph`.
 
@@ -121,6 +127,7 @@ class GraphedStep:
         Raises:
             RuntimeError: The step cannot be captured, or `FusedAdam.check_replay` found that a replay would be wrong.
             TypeError: An argument is neither a tensor nor hashable.
+            ValueError: A tensor was computed with autograd: a replay cannot send gradients back to its inputs.
         """
         device = self._device()
         leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -135,23 +142,27 @@ class GraphedStep:
         is_new = graph is None
         if graph is None:
             warmed = self._warmed.get(key, 0)
+            # An eager step, and a capture, leave other gradients than those of the graph that was replayed last.
+            self._latest = None
             if warmed < self._num_warmup_iters:
                 self._warmed[key] = warmed + 1
                 return self._run_on_side_stream(structure, leaves, device)
             graph = self._capture(key, structure, leaves, device)
         self._graphs.move_to_end(key)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        for static, tensor in zip(graph.inputs, tensors, strict=True):
-            static.copy_(tensor, non_blocking=True)
+        with torch.no_grad():
+            for static, tensor in zip(graph.inputs, tensors, strict=True):
+                static.copy_(tensor, non_blocking=True)
         if graph is not self._latest:
             # ``param.grad`` must be the gradients that this graph writes.
             for param, grad in graph.grads:
                 param.grad = grad
             self._latest = graph
-        if self._check == "always" or (self._check == "first" and is_new):
-            for optimizer, captured in graph.captured:
+        for optimizer, captured in graph.captured:
+            if self._check == "always" or (self._check == "first" and (is_new or captured.parameters_moved())):
                 optimizer.check_replay(captured)
         graph.graph.replay()
+        self._return_inputs(graph, tensors)
         for optimizer, awaits_scheduler in zip(self._optimizers, graph.awaits_scheduler, strict=True):
             optimizer._awaits_scheduler = awaits_scheduler
         return graph.output
@@ -191,34 +202,60 @@ class GraphedStep:
         current.wait_stream(self._stream)
         return output
 
+    @staticmethod
+    def _return_inputs(graph: Graph, tensors: list[Tensor]) -> None:
+        """Gives the caller's tensors what an eager step would have written into them, and their gradients."""
+        with torch.no_grad():
+            for index in graph.written:
+                if tensors[index].device == graph.inputs[index].device:
+                    tensors[index].copy_(graph.inputs[index])
+            for static, tensor in zip(graph.inputs, tensors, strict=True):
+                if static.grad is None or tensor.device != static.device:
+                    continue
+                if tensor.grad is None:
+                    tensor.grad = static.grad.clone()
+                else:
+                    tensor.grad += static.grad
+
     def _capture(self, key: Any, structure: Any, leaves: list[Any], device: torch.device) -> Graph:
-        inputs = [torch.empty_like(leaf, device=device) for leaf in leaves if isinstance(leaf, Tensor)]
+        inputs = [
+            torch.empty_like(leaf, device=device, requires_grad=leaf.requires_grad)
+            for leaf in leaves
+            if isinstance(leaf, Tensor)
+        ]
+        versions = [static._version for static in inputs]
         static = iter(inputs)
         static_leaves = [next(static) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static_leaves, structure)
         before = [len(optimizer.captures) for optimizer in self._optimizers]
         graph = torch.cuda.CUDAGraph()
+        for optimizer in self._optimizers:
+            optimizer._before_capture()
         # The graph's backward then allocates its own gradients, and writes them instead of adding.
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        captured: list[tuple[FusedOptimizer, CapturedStep]] = []
         try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=self._capture_error_mode):
+            with (
+                _current_stream_kept(device),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode=self._capture_error_mode),
+            ):
                 output = self._step(*args, **kwargs)
-        finally:
-            for optimizer, count in zip(self._optimizers, before, strict=True):
-                captured += [(optimizer, step) for step in optimizer.captures[count:]]
-            if sys.exc_info()[0] is not None:
-                for _, step in captured:
-                    step.release()
-        if not captured:
-            raise RuntimeError("the step called no optimizer.step() of the given optimizer while it was captured")
+            captured = self._captured_since(before)
+            if not captured:
+                raise RuntimeError("the step called no optimizer.step() of the given optimizer while it was captured")
+        except BaseException:
+            for _, step in self._captured_since(before):
+                step.release()
+            # What was refused may be what eager calls set up.
+            del self._warmed[key]
+            raise
         params = [
             p for optimizer in self._optimizers for group in optimizer.param_groups for p in group.stored("params")
         ]
         self._graphs[key] = Graph(
             graph,
             inputs,
+            [index for index, version in enumerate(versions) if inputs[index]._version != version],
             output,
             captured,
             [(param, param.grad) for param in params],
@@ -228,6 +265,11 @@ class GraphedStep:
             self._release_oldest()
         return self._graphs[key]
 
+    def _captured_since(self, before: list[int]) -> list[tuple[FusedOptimizer, CapturedStep]]:
+        """The captured steps of each optimizer after its first ``before``."""
+        pairs = zip(self._optimizers, before, strict=True)
+        return [(optimizer, step) for optimizer, count in pairs for step in optimizer.captures[count:]]
+
     def _release_oldest(self) -> None:
         _, oldest = self._graphs.popitem(last=False)
         oldest.graph.reset()
@@ -236,15 +278,32 @@ class GraphedStep:
 
 
 def _kind(leaf: Any) -> Any:
-    """What distinguishes the graphs of two calls: a tensor's shape and dtype, or the value of another argument."""
+    """What distinguishes the graphs of two calls: a tensor's shape and dtype, or another argument's type and value."""
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype
+        if not leaf.is_leaf:
+            raise ValueError(
+                "a tensor among the arguments was computed with autograd, and a replay sends no gradients back to what "
+                "it was computed from; detach() it, or compute it in the step"
+            )
+        return leaf.shape, leaf.dtype, leaf.requires_grad
     if not isinstance(leaf, Hashable):
         raise TypeError(
             "arguments must be tensors or hashable values, in any nesting of tuples, lists and dicts, got "
             f"{type(leaf).__name__}"
         )
-    return leaf
+    # As text, NaN is equal to itself, and 0.0 is not -0.0.
+    return type(leaf), leaf.hex() if isinstance(leaf, float) else leaf
+
+
+@contextmanager
+def _current_stream_kept(device: torch.device) -> Iterator[None]:
+    """Restores the current stream after the body: `torch.cuda.graph` does not if CUDA invalidated the capture."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -43,6 +45,9 @@ class CapturableEngine(Protocol):
     def generation(self) -> int:
         """The current generation: captured launches of another one do nothing."""
 
+    def parameter_addresses(self, active: Sequence[int]) -> list[int]:
+        """Current addresses of the active parameters."""
+
     def present_places(self, active: Sequence[int]) -> tuple[list[Place], list[Place | None], list[Place]]:
         """Places of the active parameters, of all gradients, and of the active parameters' state."""
 
@@ -67,6 +72,10 @@ class Capture:
         self.tensors = tensors
         self.generation = engine.generation
         self.params, self.grads, self.state = engine.present_places(active)
+
+    def parameters_moved(self) -> bool:
+        """Whether an updated parameter has another address than its launches use."""
+        return self.engine.parameter_addresses(self.active) != [place.address for place in self.params]
 
     def release(self) -> None:
         """Frees what a replay needs."""
@@ -153,6 +162,10 @@ class CapturedStep:
         """Whether replays still update anything: no parameters, groups, amsgrad or compiled scale_fn changed since."""
         return not self._released and all(part.generation == part.engine.generation for part in self.parts)
 
+    def parameters_moved(self) -> bool:
+        """Whether a parameter has another address than replays use: a part of `check`, for every replay."""
+        return any(part.parameters_moved() for part in self.parts)
+
     def check(self, optimizer_only: bool = False) -> None:
         """Compares the tensors that replays use with the current ones; see `FusedAdam.check_replay`."""
         if self._released:
@@ -165,6 +178,41 @@ class CapturedStep:
         self._released = True
         for part in self.parts:
             part.release()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device is being captured: each device has its own."""
+    if device.type != "cuda":
+        return False
+    if device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(device: torch.device, what: str) -> None:
+    """Raises an error if the current stream of ``device`` is being captured; ``what`` says what happened."""
+    if is_capturing(device):
+        raise RuntimeError(f"{what} during CUDA graph capture; do it before, and take one eager step")
+
+
+_upload_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def upload_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for uploads during a capture: the same one each time, unless it takes part in a capture itself.
+
+    Torch hands out 32 streams in turn, so that every one may also be somebody else's. Those of high priority are rarer.
+    """
+    for _ in range(64):
+        stream = _upload_streams.get(device)
+        if stream is None:
+            stream = _upload_streams[device] = torch.cuda.Stream(device, priority=-1)
+        with torch.cuda.stream(stream):
+            if not torch.cuda.is_current_stream_capturing():
+                return stream
+        del _upload_streams[device]
+    raise RuntimeError(f"all streams of torch's pool on {device} are being captured; none is left to upload a table on")
 
 
 @contextmanager
@@ -186,7 +234,20 @@ def relaxed_capture(device: torch.device) -> Iterator[None]:
         exchange(ctypes.byref(mode))
 
 
+@cache
 def _exchange_capture_mode() -> Any:
     if torch.version.hip:
-        return ctypes.CDLL("libamdhip64.so").hipThreadExchangeStreamCaptureMode
+        # The one that torch loaded: its wheels bring their own, and a second one would know nothing of this thread.
+        return ctypes.CDLL(loaded_library("libamdhip64.so")).hipThreadExchangeStreamCaptureMode
     return ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+
+
+def loaded_library(name: str) -> str:
+    """The path of a shared library that this process has loaded; ``name`` itself if there is none."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return name
+    # Five columns come before the path, which may contain spaces.
+    paths = [columns[5] for columns in (line.split(maxsplit=5) for line in lines) if len(columns) == 6]
+    return next((path for path in paths if Path(path).name.startswith(name)), name)

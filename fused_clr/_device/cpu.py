@@ -124,6 +124,9 @@ class CpuEngine(Engine):
         # The result of `prepare`.
         self._ready: tuple[CpuPlan, list[Tensor | None]] | None = None
 
+    def before_capture(self) -> None:
+        """See `Engine.before_capture`: there are no captures on the CPU."""
+
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
         """See `Engine.set_groups`."""
         updates = [self._rule.cpu_update(group.values, group.maximize) for group in groups]

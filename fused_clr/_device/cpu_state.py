@@ -51,6 +51,11 @@ class CpuState(EngineState):
         self.set_groups(groups)
         self._applied = self.next
 
+    @property
+    def capturing(self) -> bool:
+        """See `EngineState.capturing`."""
+        return False
+
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
         """Takes new hyperparameters and schedules."""
         # Groups whose schedules differ only in their values share one call of `locate`.

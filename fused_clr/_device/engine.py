@@ -50,6 +50,11 @@ class EngineState(ABC):
     step_mirror: Tensor
     groups: Sequence[GroupSettings]
 
+    @property
+    @abstractmethod
+    def capturing(self) -> bool:
+        """Whether the current stream of the device is being captured."""
+
     @abstractmethod
     def read_lr_and_momentum(self, applied: bool) -> list[tuple[float, float]]:
         """Every group's learning rate and momentum: what the last step applied, or what the next one will."""
@@ -113,6 +118,10 @@ class Engine(ABC):
     @abstractmethod
     def forget_plans(self) -> None:
         """Drops all plans: state tensors may have been replaced."""
+
+    @abstractmethod
+    def before_capture(self) -> None:
+        """Does what a captured step needs and a capture cannot do: plans, code, tables, values written by a user."""
 
     @abstractmethod
     def prepare(self) -> Capture | None:

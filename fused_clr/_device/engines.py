@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..telemetry import Status
-from .capture import CapturedStep
+from .capture import CapturedStep, refuse_capture
 from .engine import Engine, Snapshot
 from .rules import UpdateRule
 from .settings import GroupSettings, Options, TensorRecord
@@ -89,6 +89,8 @@ class Engines:
     def retire(self) -> None:
         """Makes graphs captured so far do nothing: the parameters or groups have changed."""
         for engine in self._engines:
+            refuse_capture(engine.device, "parameters or groups were changed")
+        for engine in self._engines:
             engine.retire()
 
     def rebuild(
@@ -106,6 +108,8 @@ class Engines:
             state: Parameter -> dict of its state tensors.
             adopt: A user has written to ``state`` since the last call.
         """
+        for device in records:
+            refuse_capture(device, "the optimizer was used for the first time, or first since its groups changed,")
         if self._engines:
             if adopt:
                 self.adopt_state()
@@ -144,6 +148,8 @@ class Engines:
     def adopt_state(self) -> None:
         """Applies what a user wrote into ``optimizer.state``: steps at once, state tensors at their next use."""
         for engine in self._engines:
+            refuse_capture(engine.device, "the optimizer's state was written")
+        for engine in self._engines:
             engine.state.set_update_steps(engine.moments.adopt_steps(engine.state.get_update_steps()))
             engine.forget_plans()
 
@@ -171,9 +177,10 @@ class Engines:
             ParametersMovedError: Nothing has changed; call `rebuild` first.
         """
         engines, options = self._engines, self.options
+        device = engines[0].device
+        if len(engines) > 1 or (device.type == "cuda" and device.index != torch.cuda.current_device()):
+            self._check_all_capture()
         captures = [engine.prepare() for engine in engines]
-        if captures[0] is not None:
-            self.captures.append(CapturedStep([capture for capture in captures if capture is not None]))
         if options.max_grad_norm is not None:
             # There is a loss scale but no overflow flag: use the norm as the check.
             skip_if_nonfinite = options.skip_if_nonfinite or (grad_scale is not None and found_inf is None)
@@ -183,6 +190,37 @@ class Engines:
                 self._share_norm(grad_scale, skip_if_nonfinite)
         for engine in engines:
             engine.launch(grad_scale, found_inf)
+        if captures[0] is not None:
+            self.captures.append(CapturedStep([capture for capture in captures if capture is not None]))
+
+    def _check_all_capture(self) -> None:
+        """Raises an error if a part of the step would be captured, and a part of it run."""
+        devices = [engine.device for engine in self._engines]
+        capturing = [engine.state.capturing for engine in self._engines]
+        if any(capturing) and not all(capturing):
+            captured = [str(device) for device, one in zip(devices, capturing, strict=True) if one]
+            others = [str(device) for device, one in zip(devices, capturing, strict=True) if not one]
+            raise RuntimeError(
+                f"the current stream of {', '.join(captured)} is being captured, and that of {', '.join(others)} is "
+                "not: a replay would not step all parameters; let their streams join the capture, or use one optimizer "
+                "per device"
+            )
+        if not any(capturing) and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"a stream of cuda:{torch.cuda.current_device()} is being captured, but the parameters are on "
+                f"{', '.join(map(str, devices))}: the step would run now, and not be in the graph; capture within "
+                "torch.cuda.device(...) of their device"
+            )
+
+    def before_capture(self) -> None:
+        """Prepares every engine for a capture; see `Engine.before_capture`."""
+        for engine in self._engines:
+            engine.before_capture()
+
+    @property
+    def capturing(self) -> bool:
+        """Whether the current stream of any of the devices is being captured."""
+        return any(engine.state.capturing for engine in self._engines)
 
     def _share_norm(self, grad_scale: Tensor | None, skip_if_nonfinite: bool) -> None:
         """Gives every device and process the norm over all of them: they clip and skip together."""

@@ -42,7 +42,7 @@ def interpreted() -> bool:
 
 
 def make_launch(kernel: Any, grid: int, options: dict[str, Any], device: torch.device, **arguments: Any) -> Launch:
-    """Puts arguments in the kernel's order, and compiles it for the device or finds it compiled."""
+    """Puts arguments in the kernel's order, and compiles and loads it for the device, or finds it compiled."""
     ordered = tuple(arguments.pop(name) for name in kernel.arg_names)
     if arguments:
         raise TypeError(f"{kernel.__name__} has no arguments {sorted(arguments)}")
@@ -50,6 +50,8 @@ def make_launch(kernel: Any, grid: int, options: dict[str, Any], device: torch.d
     if not interpreted():
         with torch.cuda.device(device):
             compiled = kernel.warmup(*ordered, grid=(grid,), **options)
+            # Loads the code now: a first launch inside a capture would, and the driver refuses it there.
+            compiled._init_handles()
     return Launch(kernel, grid, ordered, options, device, compiled)
 
 

@@ -13,6 +13,7 @@ from ..kernels import layout
 from ..kernels import schedule as columns
 from ..kernels.evaluate import reevaluate_kernel
 from ..telemetry import History, Live, Status
+from .capture import is_capturing, refuse_capture
 from .engine import EngineState, Snapshot
 from .group_table import encode_groups
 from .launch import Launch, interpreted, make_launch, run
@@ -104,13 +105,12 @@ class DeviceState(EngineState):
     # -- device -------------------------------------------------------------------------------------------------------
     @property
     def capturing(self) -> bool:
-        """Whether the current stream is being captured."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        """See `EngineState.capturing`."""
+        return is_capturing(self.device)
 
     def refuse_capture(self, what: str) -> None:
         """Raises an error during capture; ``what`` says what happened."""
-        if self.capturing:
-            raise RuntimeError(f"{what} during CUDA graph capture; do it before, and take one eager step")
+        refuse_capture(self.device, what)
 
     # -- hyperparameters and schedules --------------------------------------------------------------------------------
     def set_groups(self, groups: Sequence[GroupSettings]) -> bool:
@@ -193,17 +193,28 @@ class DeviceState(EngineState):
                 f"schedule step {self.host_step} is beyond the last one a scale_fn was tabulated for, "
                 f"{self.last_step:.0f}; give the schedule a larger total_steps"
             )
+        capturing = self.capturing
         if self.step_mirror._version != self._mirror_version:
-            self.refuse_capture("state['step'] was written")
             self.refresh()
         elif self.tensor_lrs:
+            if capturing:
+                self._refuse_host_lrs()
             # Part of the step, and of a captured step: a replay reads the tensors' values at that time.
             self.reevaluate(recorded=True)
-        return self.capturing
+        return capturing
+
+    def _refuse_host_lrs(self) -> None:
+        for index, lr in self.tensor_lrs:
+            if lr.device.type != self.device.type:
+                raise RuntimeError(
+                    f"the lr of param_groups[{index}] is a tensor on {lr.device}, which a CUDA graph cannot read at "
+                    f"its replays; make it a tensor on {self.device}, or a float"
+                )
 
     def refresh(self) -> None:
         """See `EngineState.refresh`."""
         if self.step_mirror._version != self._mirror_version:
+            self.refuse_capture("state['step'] was written")
             # A user wrote state[p]["step"] in place.
             self.memory.update_steps.copy_(self.step_mirror)
             self._mirror_version = self.step_mirror._version

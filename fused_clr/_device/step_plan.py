@@ -14,10 +14,10 @@ from torch import Tensor
 from ..kernels import layout
 from ..kernels.norm import norm_kernel
 from ..kernels.step import step_kernel
-from .capture import relaxed_capture
+from .capture import relaxed_capture, upload_stream
 from .chunks import Chunks, NormChunks
 from .engine import CLIP_EPS
-from .launch import Launch, make_launch
+from .launch import Launch, make_launch, replace_arguments
 from .memory import DeviceMemory
 from .tensors import upload
 
@@ -60,6 +60,10 @@ class LaunchConfig(NamedTuple):
         """Compile options. Contraction to FMA is stated, since Triton's default changes between versions."""
         return {"num_warps": self.num_warps, "enable_fp_fusion": True}
 
+    def for_warp_size(self, warp_size: int) -> LaunchConfig:
+        """The configuration for a device whose warps have so many lanes: AMD has GPUs of 64 and of 32."""
+        return self._replace(lanes=min(self.lanes, self.num_warps * warp_size))
+
 
 # Chosen from the compiled code (`make audit`), since no GPU was available; to be replaced by measured choices.
 # cuda: 2,048 elements by 8 warps, 100 to 128 registers: 2 programs of 256 threads on a multiprocessor of sm_80, sm_90
@@ -79,6 +83,12 @@ class StepLaunches(NamedTuple):
 
     norm: Launch | None
     updates: list[Launch]
+
+    def with_table(self, tensor_table: Tensor) -> StepLaunches:
+        """The same launches for another tensor table. Compiles nothing, so it is allowed in a capture."""
+        replaced = {"tensor_table_ptr": tensor_table}
+        norm = None if self.norm is None else replace_arguments(self.norm, replaced)
+        return StepLaunches(norm, [replace_arguments(launch, replaced) for launch in self.updates])
 
 
 class StepPlan:
@@ -115,6 +125,8 @@ class StepPlan:
         self.device = device
         self.addresses: list[int] | None = None
         self.launches: StepLaunches | None = None
+        # Whether it has its launches and, for later captures, its spare tables.
+        self.is_complete = False
         self.chunk_table = upload(chunks.chunk_table, device)
         self.tensor_table = self._new_tensor_table()
         # For later captures, during which nothing may be allocated.
@@ -128,22 +140,30 @@ class StepPlan:
         """Allocates what the next captures need."""
         while len(self.spare_tables) < SPARE_TABLES:
             self.spare_tables.append(self._new_tensor_table())
-        # Earlier work on this stream may still use this memory.
-        self._spares_free = torch.cuda.Event()
-        self._spares_free.record(torch.cuda.current_stream(self.device))
+        if self.device.type == "cuda":
+            # Earlier work on this stream may still use this memory.
+            self._spares_free = torch.cuda.Event()
+            self._spares_free.record(torch.cuda.current_stream(self.device))
+            # Torch creates its streams at the first use of one: not during a capture.
+            upload_stream(self.device)
 
-    def fill_captured_table(self, table: Tensor) -> None:
+    def take_spare_table(self) -> Tensor:
         """Copies the rows into a spare table while this thread captures; done when it returns.
 
         On a stream that is not captured: a copy node would read the host's memory again at every replay.
         """
-        assert self._spares_free is not None
+        table = self.spare_tables.pop()
+        # The next eager step allocates another.
+        self.is_complete = False
+        if self._spares_free is None:
+            return table.copy_(torch.from_numpy(self.rows))
         with relaxed_capture(self.device):
-            stream = torch.cuda.Stream(self.device)
+            stream = upload_stream(self.device)
             with torch.cuda.stream(stream):
                 stream.wait_event(self._spares_free)
                 table.copy_(torch.from_numpy(self.rows.copy()))
             stream.synchronize()
+        return table
 
     def find_addresses(self, grads: Sequence[Tensor | None]) -> list[int]:
         """Addresses of parameters, gradients and states; gradients of another layout are copied into buffers first."""

@@ -14,6 +14,7 @@ from . import launch as launcher
 from .capture import Capture, Place
 from .chunks import cut_into_chunks
 from .engine import CLIP_EPS, Engine
+from .launch import Launch
 from .moments import Moments
 from .parameters import Parameters
 from .plan_cache import PlanCache
@@ -54,6 +55,8 @@ class TritonEngine(Engine):
         update_steps: Sequence[int],
     ) -> None:
         self.device = device
+        if device.type == "cuda":
+            self.config = self.config.for_warp_size(torch.cuda.get_device_properties(device).warp_size)
         self.parameters = Parameters(device, records)
         self.state: DeviceState = DeviceState(
             self.parameters, rule, groups, options, self.config, schedule_step, update_steps
@@ -63,6 +66,7 @@ class TritonEngine(Engine):
         self._plans: PlanCache[StepPlan] = PlanCache()
         # The result of `prepare`, for `compute_norm` and `launch`. Keeps temporary gradients (reduced sums) alive.
         self._ready: tuple[StepPlan, StepLaunches, list[Tensor | None]] | None = None
+        self._shared_norm: Launch | None = None
 
     @property
     def generation(self) -> int:
@@ -78,8 +82,9 @@ class TritonEngine(Engine):
             self._plans.clear()
             self.state.new_generation()
         elif recompile:
+            # Now, since the next step may be captured.
             for plan in self._plans.plans():
-                plan.launches = None
+                plan.launches = self._make_launches(plan, plan.tensor_table)
 
     def forget_plans(self) -> None:
         """See `Engine.forget_plans`."""
@@ -104,11 +109,17 @@ class TritonEngine(Engine):
             plan.set_addresses(addresses)
             upload(plan.rows, self.device, out=plan.tensor_table)
             plan.addresses = addresses
+        if not plan.is_complete:
+            self._complete(plan)
+        assert plan.launches is not None
+        self._ready = plan, plan.launches, grads
+
+    def _complete(self, plan: StepPlan) -> None:
+        """Gives a plan its launches, and what later captures need."""
         if plan.launches is None:
             plan.launches = self._make_launches(plan, plan.tensor_table)
-            if self.device.type == "cuda":
-                plan.stock_spare_tables()
-        self._ready = plan, plan.launches, grads
+        plan.stock_spare_tables()
+        plan.is_complete = True
 
     def _build_plan(self, grads: list[Tensor | None]) -> tuple[StepPlan, list[Tensor]]:
         """Checks parameters, gradients and state, creates missing state, and allocates tables."""
@@ -182,17 +193,19 @@ class TritonEngine(Engine):
 
     def set_sum_of_squares(self, total: Tensor, skip_if_nonfinite: bool) -> None:
         """See `Engine.set_sum_of_squares`."""
-        launch = launcher.make_launch(
-            shared_norm_kernel,
-            1,
-            self.config.options,
-            self.device,
-            norm_ptr=self.state.memory.norm,
-            sum_of_squares_ptr=total.to(self.device, non_blocking=True),
-            skip_if_nonfinite=int(skip_if_nonfinite),
-            CLIP_EPS=CLIP_EPS,
-        )
-        launcher.run(launch)
+        total = total.to(self.device, non_blocking=True)
+        if self._shared_norm is None:
+            self._shared_norm = launcher.make_launch(
+                shared_norm_kernel,
+                1,
+                self.config.options,
+                self.device,
+                norm_ptr=self.state.memory.norm,
+                sum_of_squares_ptr=self.state.memory.norm[layout.SUM_OF_SQUARES.value],
+                skip_if_nonfinite=0,
+                CLIP_EPS=CLIP_EPS,
+            )
+        launcher.run(self._shared_norm, sum_of_squares_ptr=total, skip_if_nonfinite=int(skip_if_nonfinite))
 
     def launch(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """See `Engine.launch`."""
@@ -226,6 +239,22 @@ class TritonEngine(Engine):
         self.state.retire()
 
     # -- capture ------------------------------------------------------------------------------------------------------
+    def before_capture(self) -> None:
+        """See `Engine.before_capture`."""
+        self.state.refresh()
+        if self.parameters.is_sharded and self.parameters.shards_replaced():
+            self._plans.clear()
+        if not self._plans.plans():
+            # Something changed since the last step. The captured gradients will be laid out as the present ones.
+            grads = self.parameters.grads()
+            for index, (record, param) in enumerate(zip(self.parameters.records, self.parameters.tensors, strict=True)):
+                if grads[index] is None and record.param.requires_grad:
+                    grads[index] = torch.empty_like(param, requires_grad=False)
+            self._plans.get(grads, self._build_plan)
+        for plan in self._plans.plans():
+            if not plan.is_complete:
+                self._complete(plan)
+
     def _prepare_capture(self, grads: list[Tensor | None]) -> Capture:
         """Prepares a launch with its own tables: no later step rewrites them, or frees the memory they point to."""
         missing = [
@@ -245,20 +274,14 @@ class TritonEngine(Engine):
                 "record_launches() records kernels, not the copy of a gradient whose layout is not its parameter's; "
                 f"give these parameters gradients of their own layout: {self.parameters.names(list(plan.buffers))}"
             )
-        if self.state.capturing and not plan.spare_tables:
+        capturing = self.state.capturing
+        if capturing and not (plan.launches and plan.spare_tables):
             raise RuntimeError("another capture needs its own tables: take one eager step before it")
         plan.set_addresses(plan.find_addresses(grads))
         # Not from the graph's private pool, which reuses its blocks.
-        if self.state.capturing:
-            table = plan.spare_tables.pop()
-            plan.fill_captured_table(table)
-        else:
-            table = upload(plan.rows, self.device)
-        launches = self._make_launches(plan, table)
+        table = plan.take_spare_table() if capturing else upload(plan.rows, self.device)
+        launches = plan.launches.with_table(table) if plan.launches else self._make_launches(plan, table)
         self._ready = plan, launches, grads
-        if self.state.capturing:
-            # The next eager step then allocates new spare tables.
-            plan.launches = None
         state = [self.moments.entry(index) for index in plan.active]
         tensors = [*grads, *plan.params, *plan.buffers.values(), *state]
         return Capture(self, plan.active, (plan, table, launches), tensors)
@@ -282,6 +305,11 @@ class TritonEngine(Engine):
         upload(rows, self.device, out=table)
         capture.tables = plan, table, launches
         capture.tensors = [*grads, *self.parameters.tensors, *states]
+
+    def parameter_addresses(self, active: Sequence[int]) -> list[int]:
+        """See `CapturableEngine`."""
+        tensors = self.parameters.tensors
+        return [tensors[index].data_ptr() for index in active]
 
     def present_places(self, active: Sequence[int]) -> tuple[list[Place], list[Place | None], list[Place]]:
         """Places that a captured launch depends on. See `CapturableEngine`."""

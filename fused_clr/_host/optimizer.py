@@ -224,7 +224,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: A hyperparameter or parameter is not allowed; nothing has been added.
         """
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if self._engines.capturing or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
             raise RuntimeError("add_param_group() cannot be called during CUDA graph capture; add groups before it")
         for name in Options._fields:
             if name in param_group:
@@ -266,11 +266,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: A gradient is sparse, or on another device, or of another shape or kind than its parameter.
                 The message names the parameter; nothing has been updated.
         """
-        if hooks_wanted(self):
-            args = (self,) if closure is None else (self, closure)
-            out: T | None = call_with_hooks(FusedOptimizer._step, self, args)
-            return out
-        return self._step(closure)
+        try:
+            if hooks_wanted(self):
+                args = (self,) if closure is None else (self, closure)
+                out: T | None = call_with_hooks(FusedOptimizer._step, self, args)
+                return out
+            return self._step(closure)
+        except BaseException:
+            # GradScaler set them for this step, and removes them only after one that succeeded.
+            for name in ("grad_scale", "found_inf"):
+                vars(self).pop(name, None)
+            raise
 
     # Without this mark torch wraps the step to run the hooks, which costs 5.7 us a call.
     step.hooked = True  # type: ignore[attr-defined]
@@ -284,6 +290,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         torch._C._set_grad_enabled(False)
         try:
             grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            if not isinstance(found_inf, Tensor):
+                # GradScaler adds up one flag per device with gradients: without any, the sum is the number 0.
+                found_inf = None
             try:
                 self._ready().step(grad_scale, found_inf)
             except ParametersMovedError:
@@ -367,6 +376,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if any(capture.released for capture in captures):
             captures[:] = [capture for capture in captures if not capture.released]
         return list(captures)
+
+    def _before_capture(self) -> None:
+        """Does what a captured step needs and a capture cannot do, such as applying what was written to groups."""
+        with torch.no_grad():
+            self._ready().before_capture()
 
     def check_replay(self, captured: CapturedStep | None = None, *, optimizer_only: bool = False) -> None:
         """Checks that replaying a captured step does what its graph was captured for. Reads nothing from the device.

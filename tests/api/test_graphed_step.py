@@ -102,14 +102,93 @@ def test_a_released_graphed_step_starts_anew() -> None:
 
 
 @pytest.mark.usefixtures("emulated_cuda")
-def test_a_moved_parameter_stops_a_graphed_step() -> None:
-    model, _, graphed = graphed_model(check="always", num_warmup_iters=1)
+@pytest.mark.parametrize("check", ["first", "always"])
+def test_a_moved_parameter_stops_a_graphed_step(check: Any) -> None:
+    model, _, graphed = graphed_model(check=check, num_warmup_iters=1)
     for batch in batches(4):
         graphed(batch)
     weight = next(model.parameters())
     weight.data = weight.data.clone()
     with pytest.raises(RuntimeError, match="has moved in memory"):
         graphed(batches(1)[0])
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_arguments_of_other_types_have_graphs_of_their_own() -> None:
+    model, optimizer, _ = graphed_model()
+
+    def step(batch: torch.Tensor, value: Any) -> torch.Tensor:
+        loss = model(batch).square().mean() * (2.0 if isinstance(value, bool) else 1.0)
+        loss.backward()
+        optimizer.step()
+        return loss.detach() * 0 + (2.0 if isinstance(value, bool) else 3.0 if isinstance(value, float) else 4.0)
+
+    graphed = GraphedStep(step, optimizer, num_warmup_iters=1)
+    batch = batches(1)[0]
+    for _ in range(3):
+        assert [float(graphed(batch, value)) for value in (True, 1.0, 1)] == [2.0, 3.0, 4.0]
+    assert graphed.num_graphs == 3
+    for _ in range(3):
+        for value in (0.0, -0.0, float("nan")):
+            graphed(batch, value)
+    assert graphed.num_graphs == 6
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_inputs_keep_requires_grad_and_get_their_gradients() -> None:
+    """A penalty on the gradient of the loss by the inputs, in the same step."""
+    trained, seen, given = [], [], []
+    for warmup in (1, 100):
+        model, optimizer, _ = graphed_model()
+
+        def step(batch: torch.Tensor, model: Any = model, optimizer: Any = optimizer) -> torch.Tensor:
+            (slope,) = torch.autograd.grad(model(batch).sum(), batch, create_graph=True)
+            loss = model(batch).square().mean() + slope.square().mean()
+            loss.backward()
+            optimizer.step()
+            return slope.detach().clone()
+
+        graphed = GraphedStep(step, optimizer, num_warmup_iters=warmup)
+        data = [batch.requires_grad_() for batch in batches(4)]
+        seen.append([graphed(batch).clone() for batch in [*data, data[0]]])
+        trained.append(model)
+        given.append([batch.grad for batch in data])
+        # Without requires_grad, it is another kind of input.
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            graphed(batches(1)[0])
+    assert_same_models(*trained)
+    torch.testing.assert_close(*seen, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*given, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("backend")
+def test_inputs_computed_with_autograd_are_refused() -> None:
+    _, optimizer, graphed = graphed_model()
+    batch = batches(1)[0].requires_grad_() * 2
+    with pytest.raises(ValueError, match=r"computed with autograd, .*; detach\(\) it, or compute it in the step"):
+        graphed(batch)
+    graphed(batch.detach())
+    assert optimizer.status().schedule_step == 1
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_what_a_step_writes_into_its_arguments_reaches_the_caller() -> None:
+    model, optimizer, _ = graphed_model()
+
+    def step(batch: torch.Tensor, total: torch.Tensor) -> None:
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        total += 1
+
+    graphed = GraphedStep(step, optimizer, num_warmup_iters=1)
+    total, data = torch.zeros(2), batches(6)
+    before = [batch.clone() for batch in data]
+    for batch in data:
+        graphed(batch, total)
+    assert graphed.num_graphs == 1
+    assert total.tolist() == [6.0, 6.0]
+    assert all(torch.equal(a, b) for a, b in zip(data, before, strict=True))
 
 
 @pytest.mark.usefixtures("emulated_cuda")

@@ -9,7 +9,7 @@ import torch
 
 from fused_clr import FusedAdam, GraphedStep
 from fused_clr.schedules import Cyclic
-from tests.helpers.on_gpu import CYCLE, PERIOD, batches, make_model, torch_pair
+from tests.helpers.on_gpu import CYCLE, PERIOD, batches, make_model, syncs_are_errors, torch_pair
 
 pytestmark = pytest.mark.gpu
 
@@ -82,13 +82,10 @@ def test_watching_does_not_sync() -> None:
     data = batches(60)
     for batch in data[:10]:
         graphed(batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with syncs_are_errors():
         for batch in data[10:]:
             graphed(batch)
             optimizer.status(wait=False)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     optimizer.status(wait=False)
     status = optimizer.status(wait=False)

@@ -7,7 +7,7 @@ import torch
 
 from fused_clr import CyclicLR, FusedAdam
 from fused_clr.schedules import Cyclic
-from tests.helpers.on_gpu import CYCLE, PERIOD, make_params, set_gradients, torch_pair
+from tests.helpers.on_gpu import CYCLE, PERIOD, make_params, set_gradients, syncs_are_errors, torch_pair
 
 pytestmark = pytest.mark.gpu
 
@@ -64,16 +64,13 @@ def test_steps_do_not_sync() -> None:
     set_gradients(params, 0)
     optimizer.step()
     scheduler.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with syncs_are_errors():
         for _ in range(20):
             optimizer.zero_grad()
             for param in params:
                 param.grad = torch.ones_like(param)
             optimizer.step()
             scheduler.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert optimizer.status().schedule_step == 21
 
 

@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fused_clr import graphs
+from fused_clr._device import capture as capturing
 from fused_clr._device import launch as launcher
+from fused_clr._device import state, step_plan
 from fused_clr._device.triton import TritonEngine
 
 
@@ -67,6 +69,21 @@ class _Capture(TorchDispatchMode):
 
 
 @contextmanager
+def as_if_capturing() -> Iterator[None]:
+    """In the body every stream counts as captured, and no kernel may be compiled."""
+
+    def make_launch(kernel: Any, *_: Any, **__: Any) -> Any:
+        raise AssertionError(f"{kernel.__name__} would be compiled and loaded during a capture")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (capturing, state):
+            patch.setattr(module, "is_capturing", lambda device: True)
+        for module in (launcher, state, step_plan):
+            patch.setattr(module, "make_launch", make_launch)
+        yield
+
+
+@contextmanager
 def capture(graph: EmulatedGraph, **_: Any) -> Iterator[None]:
     """Stands in for `torch.cuda.graph`."""
 
@@ -76,7 +93,7 @@ def capture(graph: EmulatedGraph, **_: Any) -> Iterator[None]:
     launcher.recorders.append(record)
     mode = _Capture(graph)
     try:
-        with mode:
+        with mode, as_if_capturing():
             yield
     finally:
         launcher.recorders.remove(record)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +37,19 @@ def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
 def torch_pair(params: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
     optimizer = torch.optim.Adam(params, fused=True)
     return optimizer, torch.optim.lr_scheduler.CyclicLR(optimizer, **CYCLE)
+
+
+@contextmanager
+def syncs_are_errors() -> Iterator[None]:
+    """In the body an operation that waits for the device raises an error."""
+    with warnings.catch_warnings():
+        # That the mode is a prototype.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # -- captured training loops -------------------------------------------------------------------------------------------

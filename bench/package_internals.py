@@ -46,16 +46,12 @@ class CompiledUpdater(NamedTuple):
 
     Attributes:
         cubin: The code for sm_90.
-        source: File name of the kernel's source.
-        call_line: Line of the call in it that handles whole, aligned chunks.
-        elements: Elements of such a chunk, for each thread.
+        elements: Elements of a whole, aligned chunk, for each thread.
         loaded: Bytes that 128-bit loads take for an element.
         stored: Likewise of stores.
     """
 
     cubin: bytes
-    source: str
-    call_line: int
     elements: float
     loaded: float
     stored: float
@@ -74,4 +70,4 @@ def compile_updater(dtype: torch.dtype) -> CompiledUpdater:
     reading = read(kernels, variant, compiled)
     elements = variant.block_size / (variant.config.num_warps * 32)
     loaded, stored = (count * WIDE_BYTES / elements for count in (reading.wide_loads, reading.wide_stores))
-    return CompiledUpdater(compiled.asm["cubin"], "step.py", kernels.aligned_call_line, elements, loaded, stored)
+    return CompiledUpdater(compiled.asm["cubin"], elements, loaded, stored)

@@ -192,18 +192,20 @@ def test_costs_of_a_step_and_its_floor() -> None:
     assert "| 50.0% |" in as_markdown({case: cost}, {case.name: 2 * floor_us}, 4e12, 30e12)
 
 
-def test_opcodes_are_counted_by_the_call_they_come_from() -> None:
+def test_opcodes_are_counted_from_the_first_wide_load_to_the_last_wide_store() -> None:
     listing = """
-        //## File "kernels/adam.py", line 211 inlined at "kernels/adam.py", line 348
-        //## File "kernels/adam.py", line 348 inlined at "kernels/adam.py", line 476
-            /*0010*/              @!P0 FFMA.FTZ R1, R2, R3, R4 ;
-            /*0020*/                   MUFU.RSQ R1, R2 ;
-        //## File "kernels/adam.py", line 211 inlined at "kernels/adam.py", line 331
-            /*0030*/                   FFMA R1, R2, R3, R4 ;
-        //## File "kernels/other.py", line 348
-            /*0040*/                   FMUL R1, R2, R3 ;
+            /*0010*/                   FMUL R1, R2, R3 ;
+            /*0020*/                   LDG.E R1, desc[UR4][R2.64] ;
+        //## File "kernels/step.py", line 97
+            /*0030*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;
+    .L_x_1:
+            /*0040*/              @!P0 FFMA.FTZ R1, R2, R3, R4 ;
+            /*0050*/                   MUFU.RSQ R1, R2 ;
+            /*0060*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+            /*0070*/                   STG.E desc[UR4][R2.64], R4 ;
     """
-    assert count_opcodes(listing, "adam.py", 348) == {"FFMA": 1, "MUFU": 1}
+    assert count_opcodes(listing) == {"LDG": 1, "FFMA": 1, "MUFU": 1, "STG": 1}
+    assert count_opcodes("/*0010*/ FMUL R1, R2, R3 ;") == {}
 
 
 def test_the_command_measures_and_reports(tmp_path: Path) -> None:

@@ -160,13 +160,13 @@ class CpuEngine(Engine):
                 batches.setdefault((group_index, param.dtype, grad.dtype, converts), []).append(index)
         mirror = self.state.step_mirror
         plan = CpuPlan(
-            [self._batch(*key, indices) for key, indices in batches.items()],
+            [self._batch(indices, *key) for key, indices in batches.items()],
             None if len(active) == len(self.parameters) else [mirror[index] for index in active],
         )
         return plan, [self.parameters.tensors[index] for index in active]
 
     def _batch(
-        self, group_index: int, dtype: torch.dtype, grad_dtype: torch.dtype, converts: bool, indices: list[int]
+        self, indices: list[int], group_index: int, dtype: torch.dtype, grad_dtype: torch.dtype, converts: bool
     ) -> Batch:
         params = [self.parameters.tensors[index] for index in indices]
         states = [self.moments.of(index) for index in indices]

@@ -58,7 +58,8 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     others = [grad for grad in grads if not is_low_precision(grad.dtype)]
     if others:
         norms = [*norms, torch.nn.utils.get_total_norm(others)]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def check_parameter(name: str, param: Tensor) -> None:

@@ -269,7 +269,7 @@ class CyclicLR(LRScheduler):
     def last_epoch(self) -> int:  # type: ignore[override]
         """Steps of the schedule so far, as torch counts them. Waits for the device."""
         optimizer = self._fused
-        return int(optimizer.live.schedule_step) - optimizer._awaits_scheduler
+        return optimizer._read_schedule_step() - optimizer._awaits_scheduler
 
     @uncompiled
     def step(self, epoch: int | None = None) -> None:

@@ -72,10 +72,11 @@ class Capture:
         self.tensors = tensors
         self.generation = engine.generation
         self.params, self.grads, self.state = engine.present_places(active)
+        self._addresses = [place.address for place in self.params]
 
     def parameters_moved(self) -> bool:
         """Whether an updated parameter has another address than its launches use."""
-        return self.engine.parameter_addresses(self.active) != [place.address for place in self.params]
+        return self.engine.parameter_addresses(self.active) != self._addresses
 
     def release(self) -> None:
         """Frees what a replay needs."""
@@ -117,6 +118,7 @@ class Capture:
         if moved:
             self.engine.refresh_capture(self)
             self.params, self.grads, self.state = params, grads, state
+            self._addresses = [place.address for place in params]
 
     @staticmethod
     def _compare(now: Sequence[Place], then: Sequence[Place], optimizer_only: bool) -> bool:

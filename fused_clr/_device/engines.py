@@ -88,8 +88,7 @@ class Engines:
     # -- changes by the host ------------------------------------------------------------------------------------------
     def retire(self) -> None:
         """Makes graphs captured so far do nothing: the parameters or groups have changed."""
-        for engine in self._engines:
-            refuse_capture(engine.device, "parameters or groups were changed")
+        self.refuse_capture("parameters or groups were changed")
         for engine in self._engines:
             engine.retire()
 
@@ -147,8 +146,7 @@ class Engines:
 
     def adopt_state(self) -> None:
         """Applies what a user wrote into ``optimizer.state``: steps at once, state tensors at their next use."""
-        for engine in self._engines:
-            refuse_capture(engine.device, "the optimizer's state was written")
+        self.refuse_capture("the optimizer's state was written")
         for engine in self._engines:
             engine.state.set_update_steps(engine.moments.adopt_steps(engine.state.get_update_steps()))
             engine.forget_plans()
@@ -216,6 +214,11 @@ class Engines:
         """Prepares every engine for a capture; see `Engine.before_capture`."""
         for engine in self._engines:
             engine.before_capture()
+
+    def refuse_capture(self, what: str) -> None:
+        """Raises an error if a device's current stream is being captured; ``what`` says what happened."""
+        for engine in self._engines:
+            refuse_capture(engine.device, what)
 
     @property
     def capturing(self) -> bool:

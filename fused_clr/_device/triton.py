@@ -309,7 +309,9 @@ class TritonEngine(Engine):
     def parameter_addresses(self, active: Sequence[int]) -> list[int]:
         """See `CapturableEngine`."""
         tensors = self.parameters.tensors
-        return [tensors[index].data_ptr() for index in active]
+        if len(active) != len(tensors):
+            tensors = [tensors[index] for index in active]
+        return [*map(Tensor.data_ptr, tensors)]
 
     def present_places(self, active: Sequence[int]) -> tuple[list[Place], list[Place | None], list[Place]]:
         """Places that a captured launch depends on. See `CapturableEngine`."""

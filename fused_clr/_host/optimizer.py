@@ -377,6 +377,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             captures[:] = [capture for capture in captures if not capture.released]
         return list(captures)
 
+    def _read_schedule_step(self) -> int:
+        """The schedule step. Waits for the device."""
+        engines = self._ready()
+        engines.refuse_capture("the schedule step was read")
+        return int(engines.first.state.live.schedule_step)
+
     def _before_capture(self) -> None:
         """Does what a captured step needs and a capture cannot do, such as applying what was written to groups."""
         with torch.no_grad():

@@ -362,6 +362,17 @@ def test_what_a_capture_cannot_hold(act: Callable[[FusedAdam], Any], message: st
 
 
 @pytest.mark.usefixtures("triton_backend")
+def test_the_schedule_step_is_not_read_in_a_capture() -> None:
+    _, optimizer = stepped()
+    scheduler = fused_clr.CyclicLR(optimizer, **CYCLE)
+    optimizer.step()
+    scheduler.step()
+    with emulated_graph.as_if_capturing(), pytest.raises(RuntimeError, match="read during CUDA graph capture"):
+        _ = scheduler.last_epoch
+    assert scheduler.last_epoch == 1
+
+
+@pytest.mark.usefixtures("triton_backend")
 def test_a_first_step_is_refused() -> None:
     param = torch.nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)

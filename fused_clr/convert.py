@@ -85,7 +85,8 @@ def fuse(
     if isinstance(optimizer, torch.optim.AdamW):
         kind = FusedAdamW
         defaults.pop("decoupled_weight_decay")
-    groups = [dict(group) for group in optimizer.param_groups]
+    # A checkpoint of a fused optimizer leaves its schedules in torch's groups, as they were.
+    groups = [{k: v for k, v in group.items() if k != "schedule"} for group in optimizer.param_groups]
     for group, schedule in zip(groups, schedules, strict=True):
         if schedule.cycle_momentum:
             # The scheduler wrote the present value.

@@ -87,8 +87,10 @@ class CyclicLR(LRScheduler):
                 f"optimizer must be a FusedAdam or FusedAdamW, got {type(optimizer).__name__}; "
                 "torch.optim.lr_scheduler.CyclicLR drives torch's optimizers"
             )
-        if last_epoch < -1:
-            raise ValueError(f"last_epoch must be >= -1, got {last_epoch}")
+        try:
+            step = check_schedule_step("", last_epoch + 1)
+        except (TypeError, ValueError):
+            raise ValueError(f"last_epoch must be >= -1, and an integer below 2**53, got {last_epoch!r}") from None
         if last_epoch != -1:
             for index, group in enumerate(optimizer.param_groups):
                 if "initial_lr" not in group:
@@ -120,7 +122,7 @@ class CyclicLR(LRScheduler):
             )
             for index in range(num_groups)
         ]
-        self._attach(optimizer, schedules, last_epoch + 1)
+        self._attach(optimizer, schedules, step)
 
     @classmethod
     def _of_schedules(cls, optimizer: FusedOptimizer, schedules: Sequence[Cyclic], step: int) -> CyclicLR:
@@ -173,9 +175,7 @@ class CyclicLR(LRScheduler):
     def _set_schedules(self, schedules: Sequence[Cyclic]) -> None:
         # The scheduler does not drive groups added after it was created.
         others = [group.schedule for group in self._fused.param_groups[self._num_groups :]]
-        awaits_scheduler = self._fused._awaits_scheduler
         self._fused.set_schedule([*schedules, *others])
-        self._fused._awaits_scheduler = awaits_scheduler
 
     @property
     def _common(self) -> Cyclic:
@@ -269,7 +269,7 @@ class CyclicLR(LRScheduler):
     def last_epoch(self) -> int:  # type: ignore[override]
         """Steps of the schedule so far, as torch counts them. Waits for the device."""
         optimizer = self._fused
-        return optimizer._read_schedule_step() - optimizer._awaits_scheduler
+        return max(optimizer._read_schedule_step() - optimizer._awaits_scheduler, 0)
 
     @uncompiled
     def step(self, epoch: int | None = None) -> None:
@@ -282,10 +282,10 @@ class CyclicLR(LRScheduler):
             RuntimeError: A newer `CyclicLR` was created for the optimizer.
         """
         optimizer = self._fused
-        self._step_count += 1
         if epoch is not None:
             warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
             optimizer.set_schedule_step(epoch)
+            self._step_count += 1
             return
         if optimizer._steps_since_scheduler >= STEPS_PER_CALL_LIMIT and not self._warned:
             self._warned = True
@@ -299,6 +299,7 @@ class CyclicLR(LRScheduler):
             optimizer._awaits_scheduler = False
         else:
             optimizer._tick()
+        self._step_count += 1
 
     @uncompiled
     def get_last_lr(self) -> list[float]:  # type: ignore[override]
@@ -339,6 +340,8 @@ class CyclicLR(LRScheduler):
             "_scale_fn_custom": saved_function,
             # Not torch's: the exact step sizes, which total_size and step_ratio round.
             "step_sizes": (first.step_size_up, first.step_size_down),
+            # Likewise: it is one ahead of last_epoch between optimizer.step() and scheduler.step().
+            "schedule_step": (int(self._fused.live.schedule_step), self._fused._awaits_scheduler),
             "scale_fn_name": None if first.scale_fn is None else function_name(first.scale_fn),
         }
         if first.cycle_momentum:
@@ -390,11 +393,16 @@ class CyclicLR(LRScheduler):
             for index, schedule in enumerate(present)
         ]
         last_epoch = check_schedule_step("state_dict['last_epoch']", state_dict["last_epoch"])
-        optimizer.set_schedule_step(last_epoch)
+        step, is_ahead = state_dict.get("schedule_step", (last_epoch, False))
+        if max(step - is_ahead, 0) != last_epoch:
+            # Torch trained on, and carried our key along as it was; or a user changed last_epoch.
+            step, is_ahead = last_epoch, False
+        optimizer._check_schedules(schedules)
         if state_dict.get("_scale_fn_custom") is not None and scale_fn is not None:
             scale_fn.__dict__.update(state_dict["_scale_fn_custom"])
         self._step_count = state_dict.get("_step_count", self._step_count)
         self._set_schedules(schedules)
+        optimizer._set_schedule_step(step, is_ahead)
 
 
 # What torch's CyclicLR has once for all groups, and our schedules for each.

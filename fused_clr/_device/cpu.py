@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..schedules import Schedule
 from .cpu_state import CpuState
 from .engine import Engine
 from .launch import recorders
@@ -127,6 +128,12 @@ class CpuEngine(Engine):
     def before_capture(self) -> None:
         """See `Engine.before_capture`: there are no captures on the CPU."""
 
+    @staticmethod
+    def check_schedule(schedule: Schedule, step: int) -> None:
+        """See `Engine.check_schedule`."""
+        for number in {0, step}:
+            schedule.lr_and_momentum(number)
+
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
         """See `Engine.set_groups`."""
         updates = [self._rule.cpu_update(group.values, group.maximize) for group in groups]
@@ -192,7 +199,7 @@ class CpuEngine(Engine):
             raise ParametersMovedError
         if recorders:
             raise RuntimeError("record_launches() records kernels, and the cpu backend launches none")
-        if self.state.has_tensor_lr:
+        if self.state.must_evaluate:
             self.state.evaluate()
         if self.parameters.is_sharded and self.parameters.shards_replaced():
             self._plans.clear()

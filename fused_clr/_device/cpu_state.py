@@ -22,6 +22,8 @@ class CpuState(EngineState):
     Attributes:
         host_step: The schedule step.
         next: Learning rate and momentum that the next step applies, by group. A new list at every step.
+        must_evaluate: Call `evaluate` before a step uses ``next``: a tensor lr may have changed, or a ``scale_fn``
+            raised an error, which is the next step's.
         clip_coefficient: The factor that clips unscaled gradients.
         overflow: The next step must be skipped.
 
@@ -48,6 +50,7 @@ class CpuState(EngineState):
         # Schedule step, next, norm, clip coefficient, loss scale, skipped.
         self._history: deque[tuple[Any, ...]] = deque(maxlen=options.history_size)
         self.host_step = schedule_step
+        self.next: list[tuple[float, float]] = [(math.nan, math.nan)] * len(groups)
         self.set_groups(groups)
         self._applied = self.next
 
@@ -69,9 +72,9 @@ class CpuState(EngineState):
             _, members = timelines.setdefault(timeline.key, (timeline.locate, []))
             members.append((index, timeline.bounds, group.momentum))
         self.groups = list(groups)
-        self.has_tensor_lr = any(group.tensor_lr is not None for group in groups)
+        self._has_tensor_lr = any(group.tensor_lr is not None for group in groups)
         self._constants, self._timelines = constants, list(timelines.values())
-        self.evaluate()
+        self._try_evaluate()
 
     def evaluate(self) -> None:
         """Evaluates every group's schedule at the current step, for the next update."""
@@ -86,15 +89,24 @@ class CpuState(EngineState):
                     lr + (lr_offset + lr_span * height) * scale,
                     own_momentum if momentum is None else momentum + (momentum_offset + momentum_span * height) * scale,
                 )
-        self.next: list[tuple[float, float]] = values
+        self.next = values
+        self.must_evaluate = self._has_tensor_lr
         self._lr[:], self._momentum[:] = zip(*values, strict=True) if values else ((), ())
         self._counts[2] = self.host_step
+
+    def _try_evaluate(self) -> None:
+        try:
+            self.evaluate()
+        except Exception:
+            # Values stay as they are, for reading.
+            self._counts[2] = self.host_step
+            self.must_evaluate = True
 
     def tick(self) -> None:
         """Advances the schedule."""
         self.host_step += 1
         self._applied = self.next
-        self.evaluate()
+        self._try_evaluate()
 
     def set_norm(self, norm: float, skip_if_nonfinite: bool) -> None:
         """Takes the norm of the gradients that the next step updates with."""
@@ -117,10 +129,14 @@ class CpuState(EngineState):
         """See `EngineState.read_lr_and_momentum`."""
         return self._applied if applied else self.next
 
-    def set_schedule_step(self, step: int) -> None:
+    def set_schedule_step(self, step: int, is_ahead: bool = False) -> None:
         """See `EngineState.set_schedule_step`."""
-        self.host_step = step
-        self.evaluate()
+        self.host_step = max(step - is_ahead, 0)
+        self._try_evaluate()
+        if is_ahead:
+            self._applied = self.next
+            self.host_step = step
+            self._try_evaluate()
 
     def get_update_steps(self) -> list[int]:
         """See `EngineState.get_update_steps`."""

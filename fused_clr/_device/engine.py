@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..schedules import Schedule
 from ..telemetry import History, Live, Status
 from .capture import Capture
 from .moments import Moments
@@ -44,11 +45,13 @@ class EngineState(ABC):
         live: See `Live`.
         step_mirror: float32[num_tensors]. Number of updates of each parameter, as users see it.
         groups: Settings of all groups, including groups with no parameter on this device.
+        host_step: The schedule step as far as the host knows it.
     """
 
     live: Live
     step_mirror: Tensor
     groups: Sequence[GroupSettings]
+    host_step: int
 
     @property
     @abstractmethod
@@ -60,8 +63,8 @@ class EngineState(ABC):
         """Every group's learning rate and momentum: what the last step applied, or what the next one will."""
 
     @abstractmethod
-    def set_schedule_step(self, step: int) -> None:
-        """Sets the schedule step, in place."""
+    def set_schedule_step(self, step: int, is_ahead: bool = False) -> None:
+        """Sets the schedule step, in place. With ``is_ahead`` the step before it counts as the one last applied."""
 
     @abstractmethod
     def get_update_steps(self) -> list[int]:
@@ -110,6 +113,11 @@ class Engine(ABC):
     parameters: Parameters
     state: EngineState
     moments: Moments
+
+    @staticmethod
+    @abstractmethod
+    def check_schedule(schedule: Schedule, step: int) -> None:
+        """Raises an error if ``schedule`` cannot be evaluated, at its start or at ``step``."""
 
     @abstractmethod
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..schedules import Schedule
 from ..telemetry import Status
 from .capture import CapturedStep, refuse_capture
 from .engine import Engine, Snapshot
@@ -19,7 +21,7 @@ from .status import StatusCopy
 VARIABLE = "FUSED_CLR_BACKEND"
 
 
-def engine_class(device: torch.device) -> Callable[..., Engine]:
+def engine_class(device: torch.device) -> Any:
     """The engine for parameters on ``device``; the environment variable FUSED_CLR_BACKEND overrides.
 
     Raises:
@@ -85,6 +87,17 @@ class Engines:
         """The engine that values of groups are read from."""
         return self._engines[0]
 
+    def check_schedule(self, schedule: Schedule, devices: Iterable[torch.device]) -> None:
+        """Checks that engines for ``devices`` could evaluate a schedule.
+
+        Raises:
+            ValueError: They could not.
+        """
+        step = self.first.state.host_step if self._engines else self._schedule_step
+        # Other devices are refused by the first step: a model on meta gets its device later.
+        for engine in {engine_class(device) for device in devices if device.type in ("cpu", "cuda")}:
+            engine.check_schedule(schedule, step)
+
     # -- changes by the host ------------------------------------------------------------------------------------------
     def retire(self) -> None:
         """Makes graphs captured so far do nothing: the parameters or groups have changed."""
@@ -98,6 +111,7 @@ class Engines:
         groups: Sequence[GroupSettings],
         state: MutableMapping[Tensor, Any],
         adopt: bool,
+        is_ahead: bool,
     ) -> None:
         """Gives each device an engine that continues from the old one.
 
@@ -106,6 +120,7 @@ class Engines:
             groups: Settings of all groups.
             state: Parameter -> dict of its state tensors.
             adopt: A user has written to ``state`` since the last call.
+            is_ahead: See `set_schedule_step`.
         """
         for device in records:
             refuse_capture(device, "the optimizer was used for the first time, or first since its groups changed,")
@@ -119,7 +134,10 @@ class Engines:
 
         def update_step(param: Tensor) -> int:
             entry = state.get(param)
-            return self._update_steps.get(param, int(entry.get("step", 0))) if entry else 0
+            written = int(entry.get("step", 0)) if entry else 0
+            # A user may have written it. Float32 cannot represent all steps beyond 2**24, so it is not the count.
+            counted = self._update_steps.get(param, written)
+            return counted if np.float32(counted) == written else written
 
         engines = [
             engine_class(device)(
@@ -136,6 +154,8 @@ class Engines:
         ]
         for engine in engines:
             engine.state.set_counts(*self._counts)
+            if is_ahead:
+                engine.state.set_schedule_step(self._schedule_step, is_ahead)
         # From now on the engines count; what is kept here would keep removed parameters alive.
         self._update_steps = {}
         # Captured steps keep the memory of their old engines alive.
@@ -156,10 +176,15 @@ class Engines:
         for engine in self._engines:
             engine.set_groups(groups)
 
-    def set_schedule_step(self, step: int) -> None:
-        """Sets the schedule step, in place."""
+    def set_schedule_step(self, step: int, is_ahead: bool = False) -> None:
+        """Sets the schedule step, in place.
+
+        Args:
+            step: The step.
+            is_ahead: The step before it counts as the one last applied.
+        """
         for engine in self._engines:
-            engine.state.set_schedule_step(step)
+            engine.state.set_schedule_step(step, is_ahead)
 
     def set_max_grad_norm(self, max_grad_norm: float) -> None:
         """Sets the limit of the gradient norm, in place."""
@@ -236,6 +261,7 @@ class Engines:
     def tick(self) -> None:
         """Advances the schedule without an update."""
         for engine in self._engines:
+            engine.state.refresh()
             engine.tick()
 
     # -- values from the devices --------------------------------------------------------------------------------------

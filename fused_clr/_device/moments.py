@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .parameters import Parameters
 from .rules import UpdateRule
 from .settings import GroupSettings, TensorRecord
-from .sharding import local_tensor, placement_of
+from .sharding import local_tensor, placement_of, sharded_like
 from .tensors import same_layout
 
 
@@ -131,6 +132,23 @@ class Moments:
                 replaced = True
             dict.__setitem__(entry, key, value)
         return replaced
+
+    def load(self, index: int, saved: Mapping[str, Any]) -> None:
+        """Makes a parameter's entry equal to a checked saved one: state tensors in use in place, the rest as copies."""
+        self.create(index)
+        param = self._record(index).param
+        own, used = self._state[param], self.keys(index)
+        for key in set(own) - {"step", *used, *saved}:
+            dict.__delitem__(own, key)
+        for key in used:
+            value = saved.get(key)
+            own[key].zero_() if value is None else own[key].copy_(sharded_like(value, param))
+        for key in [key for key in saved if key not in ("step", *used)]:
+            value = deepcopy(saved[key])
+            if isinstance(value, Tensor):
+                # As torch does.
+                value = value.to(param.device, param.dtype if param.is_floating_point() else value.dtype)
+            dict.__setitem__(own, key, value)
 
     def adopt_steps(self, counted: Sequence[int]) -> list[int]:
         """Reads each ``step`` that a user put into the state, and puts our own view back.

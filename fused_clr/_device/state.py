@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ class DeviceState(EngineState):
 
     Attributes:
         memory: The memory.
-        host_step: The schedule step as far as the host knows it: it does not see replays and skipped steps.
+        host_step: The schedule step as far as the host knows it: it does not see replays, and counts skipped steps.
+        is_replayed: A step was captured or recorded, so that there may be replays.
         generation: A captured launch of another generation does nothing.
         scale_functions: Scale functions that are compiled into kernels.
         last_step: The last schedule step for which every tabulated ``scale_fn`` has a value.
@@ -76,7 +78,7 @@ class DeviceState(EngineState):
         # From the integers: float32 cannot represent every step beyond 2**24.
         upload(np.array(update_steps, np.int64), device, out=memory.update_steps)
         memory.control[layout.SCHEDULE_STEP.value].fill_(schedule_step)
-        self.host_step = schedule_step
+        self.host_step, self.is_replayed = schedule_step, False
         self.live = Live(
             lr=memory.live[layout.NEXT_LR.value],
             momentum=memory.live[layout.NEXT_MOMENTUM.value],
@@ -100,7 +102,7 @@ class DeviceState(EngineState):
         self.scale_functions: tuple[Any, ...] = ()
         self.new_generation()
         self.set_groups(groups)
-        memory.live[: layout.NEXT_LR.value].copy_(memory.live[layout.NEXT_LR.value :])
+        self._copy_next_to_applied()
 
     # -- device -------------------------------------------------------------------------------------------------------
     @property
@@ -188,11 +190,8 @@ class DeviceState(EngineState):
         Raises:
             RuntimeError: A tabulated ``scale_fn`` has no value for this step.
         """
-        if self.host_step > self.last_step:
-            raise RuntimeError(
-                f"schedule step {self.host_step} is beyond the last one a scale_fn was tabulated for, "
-                f"{self.last_step:.0f}; give the schedule a larger total_steps"
-            )
+        if (self.host_step > self.last_step or self.is_replayed) and self.last_step < math.inf:
+            self._check_last_step()
         capturing = self.capturing
         if self.step_mirror._version != self._mirror_version:
             self.refresh()
@@ -210,6 +209,17 @@ class DeviceState(EngineState):
                     f"the lr of param_groups[{index}] is a tensor on {lr.device}, which a CUDA graph cannot read at "
                     f"its replays; make it a tensor on {self.device}, or a float"
                 )
+
+    def _check_last_step(self) -> None:
+        """Raises an error past the end of a tabulated ``scale_fn``. Reads the step, which skips and replays change."""
+        if self.capturing:
+            return
+        self.host_step = int(self.memory.control[layout.SCHEDULE_STEP.value])
+        if self.host_step > self.last_step:
+            raise RuntimeError(
+                f"schedule step {self.host_step} is beyond the last one a scale_fn was tabulated for, "
+                f"{self.last_step:.0f}; give the schedule a larger total_steps"
+            )
 
     def refresh(self) -> None:
         """See `EngineState.refresh`."""
@@ -232,12 +242,19 @@ class DeviceState(EngineState):
         lrs, momenta = self.memory.live[first : first + 2].tolist()
         return list(zip(lrs, momenta, strict=True))
 
-    def set_schedule_step(self, step: int) -> None:
+    def set_schedule_step(self, step: int, is_ahead: bool = False) -> None:
         """See `EngineState.set_schedule_step`."""
         self.refuse_capture("the schedule step was set")
+        if is_ahead:
+            self.set_schedule_step(max(step - 1, 0))
+            self._copy_next_to_applied()
         self.memory.control[layout.SCHEDULE_STEP.value].fill_(step)
         self.host_step = step
         self.reevaluate()
+
+    def _copy_next_to_applied(self) -> None:
+        live = self.memory.live
+        live[: layout.NEXT_LR.value].copy_(live[layout.NEXT_LR.value :])
 
     def get_update_steps(self) -> list[int]:
         """See `EngineState.get_update_steps`."""

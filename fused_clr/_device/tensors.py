@@ -54,10 +54,10 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     low = [grad for grad in grads if is_low_precision(grad.dtype)]
     if not low:
         return torch.nn.utils.get_total_norm(grads)
-    norms = torch._foreach_norm([torch.view_as_real(g) if g.is_complex() else g for g in low], 2.0, torch.float32)
+    norms = [*torch._foreach_norm([torch.view_as_real(g) if g.is_complex() else g for g in low], 2.0, torch.float32)]
     others = [grad for grad in grads if not is_low_precision(grad.dtype)]
     if others:
-        norms = [*norms, torch.nn.utils.get_total_norm(others)]
+        norms.append(torch.nn.utils.get_total_norm(others))
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import layout
 from ..kernels.norm import shared_norm_kernel
+from ..schedules import Schedule
 from . import launch as launcher
 from .capture import Capture, Place
 from .chunks import cut_into_chunks
@@ -19,6 +20,7 @@ from .moments import Moments
 from .parameters import Parameters
 from .plan_cache import PlanCache
 from .rules import UpdateRule
+from .schedule_tables import encode_schedules
 from .settings import GroupSettings, Options, TensorRecord
 from .sharding import local_tensor
 from .state import DeviceState
@@ -73,6 +75,12 @@ class TritonEngine(Engine):
         """The current generation: launches of another one do nothing."""
         return self.state.generation
 
+    @staticmethod
+    def check_schedule(schedule: Schedule, step: int) -> None:
+        """See `Engine.check_schedule`. Tables hold all steps; a ``@triton.jit`` scale_fn need not run on the host."""
+        del step
+        encode_schedules([schedule])
+
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
         """See `Engine.set_groups`."""
         recompile = self.state.set_groups(groups)
@@ -98,6 +106,7 @@ class TritonEngine(Engine):
             self._plans.clear()
         grads = self.parameters.grads()
         if capturing or launcher.recorders:
+            self.state.is_replayed = True
             return self._prepare_capture(grads)
         self._prepare_eager(grads)
         return None
@@ -222,8 +231,7 @@ class TritonEngine(Engine):
         if self._options.write_back_grads:
             for index, buffer in plan.buffers.items():
                 local_tensor(self.parameters.records[index].param.grad).copy_(buffer)  # type: ignore[arg-type]
-        # The host does not know whether a step that may be skipped was skipped.
-        self.state.host_step += found_inf is None and self._options.max_grad_norm is None
+        self.state.host_step += 1
 
     def tick(self) -> None:
         """See `Engine.tick`: the same launch, with no active tensor, and not counted."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +33,7 @@ class Readings(NamedTuple):
 
 
 def pack(
-    groups: Sequence[ParamGroup], state: Mapping[Any, Any], readings: Readings, rule: UpdateRule
+    groups: Sequence[ParamGroup], state: Mapping[Any, Any], readings: Readings, rule: UpdateRule, is_ahead: bool
 ) -> dict[str, Any]:
     """The state_dict of an optimizer, in torch's format.
 
@@ -39,12 +42,18 @@ def pack(
         state: ``optimizer.state``.
         readings: Values read from the devices.
         rule: The update rule.
+        is_ahead: `optimizer.step` has advanced the schedule, and ``scheduler.step`` has not been called yet.
 
     Returns:
         ``state`` and ``param_groups``. ``step`` is a copy, on the CPU unless the group has ``fused`` or
         ``capturable``, as in torch; the other state tensors are not copied. A group also holds ``schedule``: plain
-        values and the ``step``, or None.
+        values, with the fields of `Clock`; or None.
     """
+    clock = {
+        "step": readings.schedule_step,
+        "is_ahead": is_ahead,
+        "updates": max(readings.update_steps.values(), default=0),
+    }
     ids: dict[int, int] = {}
     on_device = set()
     packed_groups = []
@@ -54,9 +63,8 @@ def pack(
             packed["lr"] = lr
             if group.schedule.drives_momentum:
                 packed[rule.momentum_key] = rule.with_momentum(packed[rule.momentum_key], momentum)
-            # The group's own momentum stays in force where the schedule leaves the momentum alone.
-            clock = {"step": readings.schedule_step, "momentum": rule.momentum_of(group.settings().values)}
-            packed["schedule"] = group.schedule.to_dict(stacklevel=4) | clock
+            own = {"momentum": rule.momentum_of(group.settings().values)}
+            packed["schedule"] = group.schedule.to_dict(stacklevel=4) | clock | own
         for param in group.stored("params"):
             ids[id(param)] = len(ids)
             if group.stored("fused") or group.stored("capturable"):
@@ -68,6 +76,8 @@ def pack(
     for key, entry in state.items():
         if id(key) not in ids:
             packed_state[key] = entry
+        elif entry and "step" not in entry:
+            packed_state[ids[id(key)]] = dict(entry)
         elif entry:
             packed_state[ids[id(key)]] = copied = dict(entry)
             if id(key) in on_device or key not in readings.update_steps:
@@ -84,13 +94,17 @@ class Loaded(NamedTuple):
         groups: The saved groups, without ``params`` and ``schedule``.
         entries: The saved state, by parameter.
         schedules: The saved schedule of each group; None for a group saved without one.
+        other_state: The saved state that belongs to no parameter.
         schedule_step: The saved schedule step; None if no schedule was saved.
+        is_ahead: See `pack`.
     """
 
     groups: list[dict[str, Any]]
     entries: dict[Tensor, Mapping[str, Any]]
+    other_state: dict[Any, Any]
     schedules: list[Schedule | None]
     schedule_step: int | None
+    is_ahead: bool
 
 
 def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
@@ -118,7 +132,7 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
     needed = {"params", "lr"} | rule.saved_keys
     checked: list[dict[str, Any]] = []
     schedules: list[Schedule | None] = []
-    steps: list[int] = []
+    clocks: list[Clock] = []
     by_param: dict[Tensor, Mapping[str, Any]] = {}
     for index, (own, group) in enumerate(zip(groups, saved_groups, strict=True)):
         name = f"state_dict['param_groups'][{index}]"
@@ -129,34 +143,89 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
         params = own.stored("params")
         if len(group["params"]) != len(params):
             raise ValueError(f"{name} has {len(group['params'])} parameters, the optimizer {len(params)}")
-        checked.append({k: check_hyperparameter(k, v) for k, v in group.items() if k not in ("params", "schedule")})
+        values = {key: value for key, value in group.items() if key not in ("params", "schedule")}
+        checked.append({key: check_hyperparameter(key, deepcopy(value)) for key, value in values.items()})
         schedule = None
         if group.get("schedule") is not None:
-            schedule, step, momentum = _check_schedule(f"{name}['schedule']", group["schedule"], own.schedule)
-            steps.append(step)
+            schedule, clock = _check_schedule(f"{name}['schedule']", group["schedule"], own.schedule)
+            clocks.append(clock)
             if schedule.drives_momentum:
                 # What is saved there is the schedule's.
                 cycled = checked[-1][rule.momentum_key]
-                checked[-1][rule.momentum_key] = rule.with_momentum(cycled, momentum)
+                checked[-1][rule.momentum_key] = rule.with_momentum(cycled, clock.momentum)
         schedules.append(schedule)
         for key, param in zip(group["params"], params, strict=True):
             if entries.get(key):
                 _check_entry(f"state_dict['state'][{key!r}]", entries[key], param, rule)
                 by_param[param] = entries[key]
-    return Loaded(checked, by_param, schedules, steps[0] if steps else None)
+    ids = {key for group in saved_groups for key in group["params"]}
+    other_state = {key: value for key, value in entries.items() if key not in ids}
+    if not clocks:
+        return Loaded(checked, by_param, other_state, schedules, None, False)
+    if len({clock._replace(momentum=0.0) for clock in clocks}) > 1:
+        raise ValueError(
+            f"state_dict['param_groups'] have schedules at different steps, {[clock.step for clock in clocks]}: an "
+            "optimizer has one schedule step"
+        )
+    step, is_ahead = clocks[0].step, clocks[0].is_ahead
+    updates = max((int(entry["step"]) for entry in by_param.values()), default=0)
+    if clocks[0].updates not in (None, updates):
+        # Another optimizer trained on, and carried our schedules along as they were. Its scheduler may be one behind.
+        latest = step + updates - clocks[0].updates
+        agreeing = [
+            step
+            for step in (latest, latest - 1)
+            if step >= 0 and all(_agrees(*pair, step, rule) for pair in zip(saved_groups, schedules, strict=True))
+        ]
+        message = "state_dict holds schedules from before another optimizer trained on: "
+        if not agreeing:
+            message += (
+                "they are not loaded. The present schedules and schedule step stay; load the scheduler's state_dict"
+            )
+            warnings.warn(message, stacklevel=4)
+            return Loaded(checked, by_param, other_state, [None] * len(groups), None, False)
+        step, is_ahead = agreeing[0], False
+        warnings.warn(
+            f"{message}the schedule step is set to {step}, which agrees with its updates and lr", stacklevel=4
+        )
+    return Loaded(checked, by_param, other_state, schedules, step, is_ahead)
 
 
-def _check_schedule(name: str, saved: Any, present: Schedule | None) -> tuple[Schedule, int, float]:
-    """The saved schedule and schedule step, and the group's own momentum.
+class Clock(NamedTuple):
+    """What `pack` saves with a schedule.
 
-    A ``scale_fn`` is taken from the group's present schedule.
+    Attributes:
+        step: The schedule step.
+        momentum: The group's own momentum, which holds where the schedule leaves the momentum alone.
+        is_ahead: The optimizer has stepped and its scheduler has not.
+        updates: Updates of the group's parameters.
     """
+
+    step: int
+    momentum: float
+    is_ahead: bool = False
+    updates: int | None = None
+
+
+def _agrees(group: Mapping[str, Any], schedule: Schedule | None, step: int, rule: UpdateRule) -> bool:
+    """Whether a saved group has the learning rate and momentum of ``schedule`` at ``step``."""
+    if schedule is None:
+        return True
+    lr, momentum = schedule.lr_and_momentum(step)
+    # torch's formula drifts, and a tensor lr is float32.
+    same = math.isclose(float(group["lr"]), lr, rel_tol=1e-6, abs_tol=1e-12)
+    return same and (math.isnan(momentum) or math.isclose(rule.momentum_of(group), momentum, rel_tol=1e-6))
+
+
+def _check_schedule(name: str, saved: Any, present: Schedule | None) -> tuple[Schedule, Clock]:
+    """The saved schedule and its clock. A ``scale_fn`` is taken from the group's present schedule."""
     if not isinstance(saved, Mapping) or not {"step", "momentum"} <= set(saved):
         raise ValueError(f"{name} is not a saved schedule, got {saved!r}")
     step = check_schedule_step(f"{name}['step']", saved["step"])
-    values = {key: value for key, value in saved.items() if key not in ("step", "momentum")}
+    clock = Clock(step, float(saved["momentum"]), bool(saved.get("is_ahead", False)), saved.get("updates"))
+    values = {key: value for key, value in saved.items() if key not in Clock._fields}
     try:
-        return Schedule.from_dict(values, present), step, float(saved["momentum"])
+        return Schedule.from_dict(values, present), clock
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} is not a saved schedule: {error}") from error
 
@@ -180,5 +249,7 @@ def _check_entry(name: str, entry: Any, param: Tensor, rule: UpdateRule) -> None
             raise ValueError(
                 f"{name}[{key!r}] must be a tensor of the parameter's shape {tuple(param.shape)}, got {shape}"
             )
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name}[{key!r}] must be a dense tensor with data, got {value.layout} on {value.device}")
         if is_dtensor(value) and not is_dtensor(param):
             raise ValueError(f"{name}[{key!r}] is a DTensor and the parameter is not: give its full_tensor()")

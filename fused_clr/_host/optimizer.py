@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from operator import is_not
@@ -17,7 +17,7 @@ from .._device.engines import Engines
 from .._device.parameters import ParametersMovedError
 from .._device.rules import UpdateRule
 from .._device.settings import Options, TensorRecord
-from .._device.sharding import local_tensor, sharded_like
+from .._device.sharding import local_tensor
 from .._device.tensors import check_parameter
 from .._torch_internals import asked_by_distributed_checkpoint, call_with_hooks, hooks_wanted, uncompiled
 from ..schedules import Schedule
@@ -55,7 +55,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._start_fresh(checked)
         super().__init__(params, defaults)
 
-    def _start_fresh(self, options: Options, **continued: Any) -> None:
+    def _start_fresh(self, options: Options, awaits_scheduler: bool = False, **continued: Any) -> None:
         """Sets the attributes that are never copied or pickled."""
         self._engines = Engines(self.RULE, options, **continued)
         # Changes that the engines do not have yet.
@@ -68,7 +68,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Where groups were when last looked at; a group is searched for if it is not there.
         self._group_indices: dict[int, int] = {}
         # Between optimizer.step() and scheduler.step(), torch's param groups show what was just applied.
-        self._awaits_scheduler = False
+        self._awaits_scheduler = awaits_scheduler
         # Number of schedulers created for this optimizer; only the last one drives it.
         self._scheduler_token = 0
         self._steps_since_scheduler = 0
@@ -131,7 +131,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         engines = self._engines
         if self._structure_changed:
             self._adopt_groups()
-            engines.rebuild(self._records(), self._settings(), self._state, adopt=self._state_changed)
+            engines.rebuild(
+                self._records(),
+                self._settings(),
+                self._state,
+                adopt=self._state_changed,
+                is_ahead=self._awaits_scheduler,
+            )
             self._known_groups = list(self.param_groups)
             self._param_lists = [group.stored("params") for group in self.param_groups]
             self._known_params = list(chain.from_iterable(self._param_lists))
@@ -200,9 +206,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._ready().read_lr_and_momentum(applied=self._awaits_scheduler)
 
     @contextmanager
-    def _one_copy(self) -> Iterator[None]:
-        """In the body, reads of all groups share one copy from the device."""
-        self._readings = self._read_lr_and_momentum()
+    def _one_copy(self, applied: bool | None = None) -> Iterator[None]:
+        """In the body, reads of all groups share one copy from the device: of applied values, or of the next ones."""
+        applied = self._awaits_scheduler if applied is None else applied
+        self._readings = self._ready().read_lr_and_momentum(applied)
         try:
             yield
         finally:
@@ -238,6 +245,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _make_group(self, index: int, values: dict[str, Any]) -> ParamGroup:
         """A checked group of a plain dict."""
         values = {name: check_hyperparameter(name, value) for name, value in values.items()}
+        self._check_schedules([values.get("schedule")], values["params"])
         for position, param in enumerate(values["params"]):
             check_parameter(f"param_groups[{index}]['params'][{position}]", local_tensor(param))
         if len({id(param) for param in values["params"]}) != len(values["params"]):
@@ -425,8 +433,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: ``step`` is outside that.
         """
-        self._ready().set_schedule_step(check_schedule_step("step", step))
-        self._awaits_scheduler = False
+        self._set_schedule_step(check_schedule_step("step", step))
+
+    def _set_schedule_step(self, step: int, is_ahead: bool = False) -> None:
+        """Sets the schedule step; ``is_ahead``: `optimizer.step` has been called, and not yet ``scheduler.step``."""
+        # Without a scheduler, nothing would clear the flag.
+        is_ahead = is_ahead and bool(self._scheduler_token)
+        self._ready().set_schedule_step(step, is_ahead)
+        self._awaits_scheduler = is_ahead
 
     def set_schedule(self, schedule: Schedule | Sequence[Schedule | None] | None) -> None:
         """Gives every group a schedule. The schedule step does not change; see `set_schedule_step`.
@@ -436,24 +450,38 @@ class FusedOptimizer(torch.optim.Optimizer):
                 stays at the value that the schedule would apply next.
 
         Raises:
-            ValueError: The list's length is not the number of groups.
+            ValueError: The list's length is not the number of groups, or a schedule cannot be evaluated; nothing has
+                changed.
             TypeError: An entry is not a schedule.
         """
-        schedules = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(self.param_groups)
+        schedules: Sequence[Any] = (
+            schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(self.param_groups)
+        )
         if len(schedules) != len(self.param_groups):
             raise ValueError(
                 f"schedule must have {len(self.param_groups)} entries, one per group, got {len(schedules)}"
             )
         for value in schedules:
             check_hyperparameter("schedule", value)
-        self._awaits_scheduler = False
-        loses = any(
-            value is None and group.schedule is not None
-            for group, value in zip(self.param_groups, schedules, strict=True)
-        )
-        with self._one_copy() if loses else nullcontext():
-            for group, value in zip(self.param_groups, schedules, strict=True):
-                group.set_schedule(value)
+        self._change_schedules(list(zip(self.param_groups, schedules, strict=True)))
+
+    def change_schedule(self, group: ParamGroup, schedule: Schedule | None) -> None:
+        """``group["schedule"] = schedule``."""
+        self._change_schedules([(group, schedule)])
+
+    def _change_schedules(self, changes: Sequence[tuple[ParamGroup, Schedule | None]]) -> None:
+        self._check_schedules([schedule for _, schedule in changes])
+        loses = any(schedule is None and group.schedule is not None for group, schedule in changes)
+        with self._one_copy(applied=False) if loses else nullcontext():
+            for group, schedule in changes:
+                group.set_schedule(schedule)
+
+    def _check_schedules(self, schedules: Iterable[Schedule | None], params: Iterable[Tensor] = ()) -> None:
+        """Checks that steps could evaluate schedules, for the present parameters and ``params``."""
+        devices = {param.device for group in self.param_groups for param in group.stored("params")}
+        devices |= {param.device for param in params}
+        for schedule in {id(schedule): schedule for schedule in schedules if schedule is not None}.values():
+            self._engines.check_schedule(schedule, devices)
 
     def _attach_scheduler(self, schedules: Sequence[Schedule], step: int) -> int:
         """Lets a new `CyclicLR` drive this optimizer.
@@ -500,7 +528,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         readings, _ = self._take_readings()
-        state_dict = checkpoint.pack(self.param_groups, self._state, readings, self.rule)
+        state_dict = checkpoint.pack(self.param_groups, self._state, readings, self.rule, self._awaits_scheduler)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -510,8 +538,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a checkpoint of this class or of torch's optimizer, in place.
 
+        Param groups and state become the saved ones, as in torch; a group that was saved without a schedule keeps its
+        present one. Moments keep their memory: an earlier ``state_dict()`` of this optimizer changes with them.
+
         Args:
-            state_dict: What ``state_dict()`` returned. Not changed.
+            state_dict: What ``state_dict()`` returned. Not changed, and no tensor of it is kept.
 
         Raises:
             ValueError: It is corrupt, or belongs to other parameters; nothing has been loaded.
@@ -524,43 +555,46 @@ class FusedOptimizer(torch.optim.Optimizer):
             result = pre_hook(self, saved)
             saved = saved if result is None else result
         loaded = checkpoint.check(saved, self.param_groups, self.rule)
+        self._check_schedules(loaded.schedules)
+        self._ready()
         self._load_groups(loaded)
-        self._load_state(loaded.entries)
+        self._load_state(loaded)
         if loaded.schedule_step is not None:
-            self.set_schedule_step(loaded.schedule_step)
+            self._set_schedule_step(loaded.schedule_step, loaded.is_ahead)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _load_groups(self, loaded: checkpoint.Loaded) -> None:
         key = self.rule.momentum_key
         for group, saved, schedule in zip(self.param_groups, loaded.groups, loaded.schedules, strict=True):
-            values = dict(saved)
+            # Older checkpoints of torch lack newer keys.
+            values = {**self.defaults, **saved, "schedule": schedule or group.schedule}
+            values |= {name: group.stored(name) for name in ("params", "param_names") if name in group}
             if schedule is None and group.schedule is not None and group.schedule.drives_momentum:
                 # A checkpoint of torch's pair, whose momentum is the scheduler's: the group keeps its own.
                 values[key] = self.rule.with_momentum(saved[key], self.rule.momentum_in(group.stored(key)))
             if group.stored("decoupled_weight_decay"):
                 # The class decides it. Older checkpoints of torch's AdamW do not have it.
-                values.pop("decoupled_weight_decay", None)
-            if schedule is not None:
-                values["schedule"] = schedule
-            group.store_all(values)
+                values["decoupled_weight_decay"] = True
+            group.replace_all(values)
 
-    def _load_state(self, entries: dict[Tensor, Any]) -> None:
+    def _load_state(self, loaded: checkpoint.Loaded) -> None:
+        params = {param for group in self.param_groups for param in group.stored("params")}
+        for key in [key for key in self._state if key not in params]:
+            dict.__delitem__(self._state, key)
+        for key, value in loaded.other_state.items():
+            dict.__setitem__(self._state, key, value)
         for engine in self._ready():
             steps = engine.state.get_update_steps()
             for index, record in enumerate(engine.parameters.records):
-                entry = entries.get(record.param)
-                if entry is None and not self._state.get(record.param):
+                entry = loaded.entries.get(record.param)
+                if entry is None and not (self._state.get(record.param) and self.captures):
+                    steps[index] = 0
+                    dict.pop(self._state, record.param, None)
                     continue
-                engine.moments.create(index)
-                own = self._state[record.param]
-                steps[index] = 0 if entry is None else int(entry["step"])
-                for key in self.rule.states:
-                    # In place: a captured graph may read these tensors.
-                    if key in own and entry is not None and entry.get(key) is not None:
-                        own[key].copy_(sharded_like(entry[key], record.param))
-                    elif key in own:
-                        own[key].zero_()
+                steps[index] = int(entry["step"]) if entry else 0
+                # In place, and zero if nothing was saved: a captured graph may read these tensors.
+                engine.moments.load(index, entry or {})
             engine.state.set_update_steps(steps)
             engine.forget_plans()
 
@@ -568,24 +602,39 @@ class FusedOptimizer(torch.optim.Optimizer):
         readings, counts = self._take_readings()
         return {
             "defaults": self.defaults,
-            "state": {param: {**entry, "step": entry["step"].clone()} for param, entry in self._state.items() if entry},
+            # Without the steps: views of a tensor that is not pickled. `update_steps` has them.
+            "state": {
+                key: {
+                    name: value for name, value in entry.items() if name != "step" or key not in readings.update_steps
+                }
+                if isinstance(entry, dict)
+                else entry
+                for key, entry in self._state.items()
+            },
             "param_groups": [{key: group.stored(key) for key in group} for group in self.param_groups],
             "options": self._engines.options,
             "schedule_step": readings.schedule_step,
             "counts": counts,
             "update_steps": list(readings.update_steps.items()),
             "scheduler_token": self._scheduler_token,
+            "awaits_scheduler": self._awaits_scheduler,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._start_fresh(
             state.pop("options"),
+            awaits_scheduler=state.pop("awaits_scheduler", False),
             schedule_step=state.pop("schedule_step"),
-            update_steps=dict(state.pop("update_steps")),
+            update_steps=(steps := dict(state.pop("update_steps"))),
             counts=state.pop("counts"),
         )
         self._scheduler_token = state.pop("scheduler_token")
-        self.state = state.pop("state")
+        self.state = {
+            key: {"step": torch.tensor(float(steps[key]), dtype=torch.float32, device="cpu"), **entry}
+            if key in steps and entry
+            else entry
+            for key, entry in state.pop("state").items()
+        }
         groups = state.pop("param_groups")
         super().__setstate__(state)
         self.param_groups = [ParamGroup(group, weakref.ref(self)) for group in groups]

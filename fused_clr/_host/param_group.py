@@ -20,12 +20,17 @@ from .watched import WatchedDict
 class Owner(Protocol):
     """What a group needs from its optimizer."""
 
+    defaults: dict[str, Any]
+
     @property
     def rule(self) -> UpdateRule:
         """The update rule."""
 
     def on_group_change(self, key: str) -> None:
         """The value of ``key`` was written in some group."""
+
+    def change_schedule(self, group: ParamGroup, schedule: Schedule | None) -> None:
+        """Checks a schedule and gives it to ``group``."""
 
     def read_scheduled(self, group: ParamGroup) -> tuple[float, float] | None:
         """Current learning rate and momentum of ``group``; None if it is not in the optimizer (yet)."""
@@ -75,6 +80,17 @@ class ParamGroup(WatchedDict):
         """Writes several without the checks, and reports one write."""
         dict.update(self, values)
         self.on_change("schedule")
+
+    def replace_all(self, values: Mapping[str, Any]) -> None:
+        """Replaces all items without the checks, and reports one write."""
+        dict.clear(self)
+        self.store_all(values)
+
+    def __delitem__(self, key: str) -> None:
+        optimizer = self._owner()
+        if optimizer is not None and (key == "params" or key in optimizer.defaults):
+            raise KeyError(f"param_group[{key!r}] cannot be removed: every step needs it. Assign another value")
+        super().__delitem__(key)
 
     def settings(self) -> GroupSettings:
         """The group as a step needs it."""
@@ -130,8 +146,9 @@ class ParamGroup(WatchedDict):
         if key in self and _is_same(value, self.stored(key)) and key not in self.scheduled_keys:
             # Wrappers of optimizers write all keys back at every step.
             return
-        if key == "schedule":
-            self.set_schedule(value)
+        optimizer = self._owner()
+        if key == "schedule" and optimizer is not None:
+            optimizer.change_schedule(self, value)
             return
         if key in self.scheduled_keys:
             self._write_scheduled(key, value)

@@ -91,6 +91,22 @@ class OptimizerState(defaultdict[Any, Any]):
     update = MutableMapping.update
     setdefault = MutableMapping.setdefault
 
+    def copy(self) -> Any:
+        """A defaultdict of the same entries, which does not report writes."""
+        return defaultdict(dict, self)
+
+    __copy__ = copy
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return defaultdict(dict, other) | self.copy()
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
     def __reduce__(self) -> Any:
         return dict, (dict(self.items()),)
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .base import Schedule
 from .compiled import exact_units
 from .parts import Part, Scaling, Segment, Shape
@@ -95,6 +97,9 @@ class Cyclic(Schedule):
             raise ValueError(f"scale_fn must be callable or None, got {self.scale_fn!r}")
         elif self.scale_mode not in SCALE_MODES:
             raise ValueError(f"scale_mode must be one of {SCALE_MODES}, got {self.scale_mode!r}")
+        if not isinstance(self.cycle_momentum, (bool, np.bool_)):
+            raise ValueError(f"cycle_momentum must be True or False, got {self.cycle_momentum!r}")
+        set_field(self, "cycle_momentum", bool(self.cycle_momentum))
         if self.total_steps is not None:
             allowed = "an integer number of steps >= 1 or None"
             total_steps = _checked("total_steps", self.total_steps, allowed, lambda x: x >= 1 and x.is_integer())

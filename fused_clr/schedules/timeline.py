@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,11 +108,7 @@ class Timeline:
             )
         arguments = range(last + 1) if scaling.per == "step" else range(1, self._cycle(index, last) + 2)
         function = host_function(scaling.scale_fn)
-        table = np.array([float(function(x)) for x in arguments])
-        if not np.isfinite(table).all():
-            bad = arguments[int(np.flatnonzero(~np.isfinite(table))[0])]
-            raise ValueError(f"scale_fn must return finite numbers, got {function(bad)} for {bad}")
-        return table
+        return np.array([finite_scale(function(x), x) for x in arguments])
 
     def last_step(self) -> float:
         """The last schedule step at which all tabulated functions have a value; infinity where nothing runs out."""
@@ -145,6 +142,21 @@ class Timeline:
         return (step << part.shift) // part.period if step < part.end else 0
 
 
+def finite_scale(value: Any, argument: int) -> float:
+    """What a ``scale_fn`` returned for ``argument``, as a float.
+
+    Raises:
+        ValueError: It is not a finite number.
+    """
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"scale_fn must return finite numbers, got {value!r} for {argument}")
+    return number
+
+
 def is_tabulated(scaling: Scaling | None) -> bool:
     """Whether the device reads the scale from a table: it comes from a plain Python function."""
     return scaling is not None and scaling.scale_fn is not None and not is_triton_function(scaling.scale_fn)
@@ -157,7 +169,12 @@ def _scale_of(scaling: Scaling | None) -> Callable[[int, int], float] | None:
     factor, per_step = float(scaling.factor), scaling.per == "step"
     if scaling.scale_fn is not None:
         function = host_function(scaling.scale_fn)
-        return lambda step, cycle: float(function(step if per_step else cycle + 1))
+
+        def called(step: int, cycle: int) -> float:
+            argument = step if per_step else cycle + 1
+            return finite_scale(function(argument), argument)
+
+        return called
 
     def power(step: int, cycle: int) -> float:
         try:

@@ -25,7 +25,7 @@ from tests.cases import (
     covering,
     momenta_of,
 )
-from tests.helpers.pairs import Pair, assert_same_params, make_both, make_pair, train
+from tests.helpers.pairs import Pair, assert_same_params, make_both, make_pair, record_step, train
 
 
 def round_trip(value: Any) -> Any:
@@ -157,14 +157,25 @@ def test_copies_go_on_alone(backend: str, optimizer_case: OptimizerCase, how: st
     assert pair.optimizer.state[pair.params[0]].get("step", 18) == 18
 
 
-def test_a_parameter_without_saved_state_starts_anew_in_place(backend: str) -> None:
+def test_a_parameter_without_saved_state_starts_anew(backend: str) -> None:
     source, target = make_pair(True), make_pair(True)
     source.params[0].grad = torch.ones(3)
     source.optimizer.step()
     train(target, 4)
+    target.optimizer.load_state_dict(source.optimizer.state_dict())
+    assert target.params[1] not in target.optimizer.state
+    train(target, 1)
+    assert target.optimizer.state[target.params[1]]["step"].item() == 1
+
+
+def test_in_a_captured_loop_it_starts_anew_in_place(triton_backend: None) -> None:
+    target = make_pair(True)
+    empty = make_pair(True).optimizer.state_dict()
+    train(target, 4)
+    record_step(target)
     state = target.optimizer.state[target.params[1]]
     exp_avg = state["exp_avg"]
-    target.optimizer.load_state_dict(source.optimizer.state_dict())
+    target.optimizer.load_state_dict(empty)
     assert target.optimizer.state[target.params[1]]["exp_avg"] is exp_avg
     assert exp_avg.abs().sum() == 0
     assert state["step"].item() == 0

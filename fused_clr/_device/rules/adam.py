@@ -31,7 +31,7 @@ def _cpu_update(values: Mapping[str, Any], maximize: bool) -> CpuUpdate:
         "beta2": float(values["betas"][1]),
         "weight_decay": float(values["weight_decay"]),
         "eps": float(values["eps"]),
-        "amsgrad": values["amsgrad"],
+        "amsgrad": bool(values["amsgrad"]),
         "maximize": maximize,
     }
 

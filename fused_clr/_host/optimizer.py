@@ -478,7 +478,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_schedules(self, schedules: Iterable[Schedule | None], params: Iterable[Tensor] = ()) -> None:
         """Checks that steps could evaluate schedules, for the present parameters and ``params``."""
-        devices = {param.device for group in self.param_groups for param in group.stored("params")}
+        # A group may be a plain dict that a user has put there.
+        devices = {param.device for group in self.param_groups for param in dict.get(group, "params", ())}
         devices |= {param.device for param in params}
         for schedule in {id(schedule): schedule for schedule in schedules if schedule is not None}.values():
             self._engines.check_schedule(schedule, devices)

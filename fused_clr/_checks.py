@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 
 def plain_number(value: Any) -> int | float | None:
@@ -26,10 +26,10 @@ def plain_number(value: Any) -> int | float | None:
     return float(value) if isinstance(value, (float, np.floating)) else None
 
 
-def number_in(tensor: torch.Tensor) -> float | None:
-    """The number in a real tensor of 1 element; None of another. Waits for its device."""
-    is_real = tensor.numel() == 1 and not tensor.is_complex() and tensor.dtype != torch.bool
-    return float(tensor) if is_real else None
+def is_tensor(value: Any) -> bool:
+    """Whether this is a torch tensor. Schedules need no torch, so it is not imported here."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def check_number(name: str, value: Any, allowed: str, is_allowed: Callable[[float], bool] = math.isfinite) -> float:
@@ -55,12 +55,13 @@ def check_number(name: str, value: Any, allowed: str, is_allowed: Callable[[floa
 
 def check_number_or_tensor(name: str, value: Any, allowed: str, is_allowed: Callable[[float], bool]) -> Any:
     """Checks a number, as `check_number`, or a real tensor of 1 element, which is returned as it is."""
-    if not isinstance(value, torch.Tensor):
+    if not is_tensor(value):
         return check_number(name, value, allowed, is_allowed)
     if value.numel() != 1:
         raise ValueError(f"{name} must have 1 element if it is a tensor, got shape {tuple(value.shape)}")
-    number = number_in(value)
-    if number is None or not is_allowed(number):
+    # The number in a tensor of another kind is a bool or a complex number. This waits for the tensor's device.
+    number = plain_number(value.item())
+    if number is None or not _holds(number, is_allowed):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from fused_clr.schedules import Cyclic
+from fused_clr.schedules.cyclic import MAX_LOG_AMPLITUDE
 
 # One float64 for each step is held in memory and drawn.
 MOST_STEPS = 10_000_000
@@ -103,10 +105,9 @@ def _run_plot(options: argparse.Namespace) -> None:
     except ValueError as error:
         options.error(str(error))
     steps = np.arange(options.steps)
-    with np.errstate(over="ignore", invalid="ignore"):
-        lr = schedule.lr(steps)
-    if not np.isfinite(lr).all():
+    if options.mode == "exp_range" and (options.steps - 1) * math.log(options.gamma or 1.0) > MAX_LOG_AMPLITUDE:
         options.error(f"gamma={options.gamma:g} overflows within {options.steps:,} steps")
+    lr = schedule.lr(steps)
     momentum = schedule.momentum(steps) if options.cycle_momentum else None
     title = f"{options.mode}: {options.base_lr:g} to {options.max_lr:g}, {options.step_size_up:g} steps up"
     plotting.save(plotting.schedule_figure(lr, momentum, title), options.out)

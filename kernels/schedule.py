@@ -86,6 +86,8 @@ SCALE_FUNCTION = tl.constexpr(2)
 
 # A start or an end that no step reaches.
 NEVER = tl.constexpr(1 << 62)
+# The last float64 below 1024: a scale that grows without end stays finite.
+MAX_LOG2_SCALE = tl.constexpr(1023.9999999999999)
 # A larger cycle index makes no difference to a scale, and would overflow in the doubling below.
 MAX_CYCLE = tl.constexpr(1 << 61)
 # The smallest normal float64: a positive number whose logarithm is finite.
@@ -241,8 +243,9 @@ def scale_at(step, cycle, part_ptr, valid, scale_table_ptr, overrun_ptr, in_use,
     if (in_use & GEOMETRIC) != 0:
         count = tl.where(tl.load(integer_ptr + SCALES_PER_STEP) != 0, step, cycle)
         # A factor of 0 has log2 -inf, and -inf * 0 would be NaN where 0**0 is 1. Others have log2 0.
-        power = tl.exp2(tl.maximum(count, 1).to(tl.float64) * tl.load(part_ptr + LOG2_FACTOR))
-        scale = tl.where(count == 0, 1.0, power)
+        exponent = tl.maximum(count, 1).to(tl.float64) * tl.load(part_ptr + LOG2_FACTOR)
+        # Where the wave is 0, inf * 0 would be NaN.
+        scale = tl.where(count == 0, 1.0, tl.exp2(tl.minimum(exponent, MAX_LOG2_SCALE)))
     if (in_use & TABULATED) != 0:
         tabulated = valid & (tl.load(integer_ptr + SCALING) == BY_TABLE)
         length = tl.load(integer_ptr + TABLE_LENGTH)

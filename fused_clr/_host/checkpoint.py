@@ -144,7 +144,7 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
         if len(group["params"]) != len(params):
             raise ValueError(f"{name} has {len(group['params'])} parameters, the optimizer {len(params)}")
         values = {key: value for key, value in group.items() if key not in ("params", "schedule")}
-        checked.append({key: check_hyperparameter(key, deepcopy(value)) for key, value in values.items()})
+        checked.append({key: check_hyperparameter(key, deepcopy(value), new=False) for key, value in values.items()})
         schedule = None
         if group.get("schedule") is not None:
             schedule, clock = _check_schedule(f"{name}['schedule']", group["schedule"], own.schedule)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
+from .._checks import check_bool, check_integer, check_number, check_number_or_tensor
 from .._device.settings import Options
 from ..schedules import Schedule
+
+# 64 bytes for each and every group on the device: 640 MB.
+MAX_HISTORY_SIZE = 10_000_000
+# The schedule step is an int64; its history and the host's closed form are exact up to 2**53.
+MAX_SCHEDULE_STEP = 2**53
+
+FLAGS = ("amsgrad", "maximize", "capturable", "decoupled_weight_decay")
+FLAGS_OR_NONE = ("foreach", "fused")
 
 
 def check_options(name: str, given: Mapping[str, Any]) -> Options:
@@ -33,17 +42,22 @@ def check_options(name: str, given: Mapping[str, Any]) -> Options:
         )
     options = Options(**given)
     limit = None if options.max_grad_norm is None else check_max_grad_norm(options.max_grad_norm)
-    size: Any = options.history_size
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(f"history_size must be an integer >= 0, got {size!r}")
-    for name in ("skip_if_nonfinite", "write_back_grads", "advance_schedule_on_skip"):
-        if not isinstance(getattr(options, name), bool):
-            raise ValueError(f"{name} must be True or False, got {getattr(options, name)!r}")
+    size = check_integer(
+        "history_size",
+        options.history_size,
+        f"an integer in [0, {MAX_HISTORY_SIZE:,}]",
+        lambda n: 0 <= n <= MAX_HISTORY_SIZE,
+    )
+    flags = {
+        name: check_bool(name, getattr(options, name))
+        for name in ("skip_if_nonfinite", "write_back_grads", "advance_schedule_on_skip")
+    }
+    options = options._replace(max_grad_norm=limit, history_size=size, **flags)
     if options.skip_if_nonfinite and limit is None:
         raise ValueError(
             "skip_if_nonfinite=True needs max_grad_norm, which computes the norm; math.inf computes it without clipping"
         )
-    return options._replace(max_grad_norm=limit)
+    return options
 
 
 def check_max_grad_norm(value: Any) -> float:
@@ -52,58 +66,56 @@ def check_max_grad_norm(value: Any) -> float:
     Raises:
         ValueError: It is not a number > 0.
     """
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not number > 0:
-        raise ValueError(f"max_grad_norm must be a number > 0 (math.inf: only measure) or None, got {value!r}")
-    return number
+    allowed = "a number > 0 (math.inf: only measure) or None"
+    return float(check_number("max_grad_norm", value, allowed, lambda x: x > 0))
 
 
-def _checked_number(name: str, value: Any, allowed: str, upper: float = math.inf) -> None:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"{name} must have 1 element if it is a tensor, got shape {tuple(value.shape)}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}") from None
-    # `not <=` refuses NaN too.
-    if not 0.0 <= number < upper:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-
-
-def check_hyperparameter(name: str, value: Any) -> Any:
+def check_hyperparameter(name: str, value: Any, new: bool = True) -> Any:
     """Checks a value for ``param_group[name]``.
 
     Args:
         name: Key of the param group.
         value: The new value.
+        new: The group is being created. An ``lr`` that is written later may have any sign, as in torch: an annealing
+            may end a little below 0.
 
     Returns:
-        The value to store: ``value``, or for ``betas`` a tuple.
+        The value to store: plain numbers and booleans, tensors as they are, ``betas`` as a tuple.
 
     Raises:
         ValueError: ``value`` is not allowed; the message names it and the allowed values.
         TypeError: ``schedule`` is neither a schedule nor None.
     """
+    if name == "lr" and not new:
+        return check_number_or_tensor(name, value, "a finite number", math.isfinite)
     if name in ("lr", "eps", "weight_decay"):
-        _checked_number(name, value, "a finite number >= 0")
-    elif name == "betas":
-        try:
-            beta1, beta2 = value
-        except (TypeError, ValueError):
-            raise ValueError(f"betas must be a pair of numbers in [0, 1), got {value!r}") from None
-        for index, beta in enumerate((beta1, beta2)):
-            _checked_number(f"betas[{index}]", beta, "a number in [0, 1)", upper=1.0)
-        return beta1, beta2
-    elif name == "differentiable" and value:
+        return check_number_or_tensor(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+    if name == "betas":
+        return _checked_betas(value)
+    if name in FLAGS:
+        return check_bool(name, value)
+    if name in FLAGS_OR_NONE:
+        return check_bool(name, value, or_none=True)
+    if name == "differentiable" and check_bool(name, value):
         raise ValueError(
             "differentiable must be False: the fused step has no autograd formula, got differentiable=True"
         )
-    elif name == "schedule" and not (value is None or isinstance(value, Schedule)):
+    if name == "schedule" and not (value is None or isinstance(value, Schedule)):
         raise TypeError(f"schedule must be a value from fused_clr.schedules or None, got {type(value).__name__}")
+    if name in Options._fields:
+        raise ValueError(f"{name} holds for all groups: pass it to the optimizer, not in a param group")
     return value
+
+
+def _checked_betas(value: Any) -> tuple[Any, Any]:
+    # Not a set, which has no order, and not a string.
+    if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, str) or len(value) != 2:
+        raise ValueError(f"betas must be a pair of numbers in [0, 1), got {value!r}")
+    allowed: tuple[str, Callable[[float], bool]] = "a number in [0, 1)", lambda x: 0 <= x < 1
+    return (
+        check_number_or_tensor("betas[0]", value[0], *allowed),
+        check_number_or_tensor("betas[1]", value[1], *allowed),
+    )
 
 
 def check_schedule_step(name: str, step: Any) -> int:
@@ -114,11 +126,9 @@ def check_schedule_step(name: str, step: Any) -> int:
         step: The value.
 
     Returns:
-        int in [0, 2**53).
+        int in [0, 2**53].
 
     Raises:
         ValueError: It is anything else.
     """
-    if not isinstance(step, (int, float)) or isinstance(step, bool) or not 0 <= step < 2**53 or int(step) != step:
-        raise ValueError(f"{name} must be an integer in [0, 2**53), got {step!r}")
-    return int(step)
+    return check_integer(name, step, "an integer in [0, 2**53]", lambda n: 0 <= n <= MAX_SCHEDULE_STEP)

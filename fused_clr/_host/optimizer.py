@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
+from .._checks import check_integer
 from .._device.capture import CapturedStep
 from .._device.engines import Engines
 from .._device.parameters import ParametersMovedError
@@ -355,8 +356,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         size = self._engines.options.history_size
         if n is None:
             n = size
-        if n not in range(size + 1):
-            raise ValueError(f"n must be an integer in [0, history_size = {size}], got {n!r}")
+        n = check_integer("n", n, f"an integer in [0, history_size = {size}]", lambda n: 0 <= n <= size)
         return self._ready().first.state.read_history(n)
 
     @property
@@ -428,7 +428,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Sets the schedule step, torch's ``last_epoch``, in place.
 
         Args:
-            step: int in [0, 2**53).
+            step: int in [0, 2**53].
 
         Raises:
             ValueError: ``step`` is outside that.

@@ -142,7 +142,7 @@ class ParamGroup(WatchedDict):
         return current[0] if key == "lr" else self._rule.with_momentum(stored, current[1])
 
     def __setitem__(self, key: str, value: Any) -> None:
-        value = check_hyperparameter(key, value)
+        value = check_hyperparameter(key, value, new=False)
         if key in self and _is_same(value, self.stored(key)) and key not in self.scheduled_keys:
             # Wrappers of optimizers write all keys back at every step.
             return

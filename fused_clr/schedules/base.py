@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .compiled import NEVER
 from .parts import Part
 from .timeline import Timeline
 
@@ -108,7 +109,7 @@ class Schedule(ABC):
             float, or float64 array of the same shape.
 
         Raises:
-            ValueError: ``step`` is negative or not an integer.
+            ValueError: ``step`` is negative, 2**62 or more, or not an integer.
         """
         if isinstance(step, np.ndarray):
             return self._over_array(step, 0)
@@ -128,7 +129,7 @@ class Schedule(ABC):
             float, or float64 array of the same shape.
 
         Raises:
-            ValueError: ``step`` is negative or not an integer.
+            ValueError: ``step`` is negative, 2**62 or more, or not an integer.
         """
         if isinstance(step, np.ndarray):
             return self._over_array(step, 1)
@@ -142,8 +143,8 @@ class Schedule(ABC):
         values = self.timeline.values
         if not np.issubdtype(steps.dtype, np.integer):
             raise ValueError(f"step must be an integer or an array of integers, got an array of {steps.dtype}")
-        if steps.size and steps.min() < 0:
-            raise ValueError(f"step must be >= 0, got {steps.min()}")
+        for step in (steps.min(), steps.max()) if steps.size else ():
+            _checked_step(step)
         flat = np.fromiter((values(step)[which] for step in steps.ravel().tolist()), np.float64, steps.size)
         return flat.reshape(steps.shape)
 
@@ -192,11 +193,16 @@ def function_name(function: Any) -> str:
 
 def _checked_step(step: Any) -> int:
     try:
+        # A bool, too, has an index.
+        if isinstance(step, (bool, np.bool_)):
+            raise TypeError
         number = operator.index(step)
     except TypeError:
         raise ValueError(f"step must be an integer or an array of integers, got {step!r}") from None
     if number < 0:
         raise ValueError(f"step must be >= 0, got {number}")
+    if number >= NEVER:
+        raise ValueError(f"step must be < 2**62, got {number}")
     return number
 
 

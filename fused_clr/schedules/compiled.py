@@ -79,6 +79,9 @@ class TimedPart(NamedTuple):
 def exact_units(sizes: Sequence[float]) -> tuple[tuple[int, ...], int]:
     """Step sizes as integers: float64 numbers are integers over a power of two, so that positions are exact.
 
+    Where that would take too many bits, as for 2000 and 0.1, sizes are rounded to a power of two below 2**-60 of their
+    sum. That changes no size by as much as torch's sum of them in float64.
+
     Args:
         sizes: Finite numbers of steps > 0.
 
@@ -86,12 +89,18 @@ def exact_units(sizes: Sequence[float]) -> tuple[tuple[int, ...], int]:
         The sizes in units; the ``shift``, where a step is ``2**shift`` units.
 
     Raises:
-        ValueError: Their sum in units is 2**62 or more.
+        ValueError: Their sum is 2**62 or more, or one of them is nothing beside it.
     """
     ratios = [float(size).as_integer_ratio() for size in sizes]
     denominator = max(ratio[1] for ratio in ratios)
     units = tuple(numerator * (denominator // own) for numerator, own in ratios)
-    if sum(units) >= 2**62:
+    excess = sum(units).bit_length() - 62
+    if 0 < excess < denominator.bit_length():
+        # One bit more, for the carry of rounding.
+        excess = min(excess + 1, denominator.bit_length() - 1)
+        units = tuple((unit + (1 << excess - 1)) >> excess for unit in units)
+        denominator >>= excess
+    if sum(units) >= 2**62 or not all(units):
         raise ValueError(
             "step sizes are too large or too far apart: as multiples of a power of two, their sum must stay below "
             f"2**62, got {list(sizes)}"

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from .._checks import check_bool, check_integer, check_number_or_tensor
 from .base import Schedule
 from .compiled import exact_units
 from .parts import Part, Scaling, Segment, Shape
 
 MODES = ("triangular", "triangular2", "exp_range")
 SCALE_MODES = ("cycle", "iterations")
+# Beyond the exponential of that, a scale would not be a finite float64.
+MAX_LOG_AMPLITUDE = math.log(sys.float_info.max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Cyclic(Schedule):
         step_size_up: Steps of the rising half, > 0. Need not be an integer.
         step_size_down: Steps of the falling half, > 0; ``step_size_up`` if None.
         mode: "triangular", "triangular2" or "exp_range"; ignored if ``scale_fn`` is given.
-        gamma: Base of exp_range, finite and >= 0.
+        gamma: Base of exp_range, finite and >= 0. Above 1, its power of the steps of a cycle must be finite; beyond
+            the largest float64 the scale stays at it.
         scale_fn: A function of the cycle (counted from 1) or of the step, as ``scale_mode`` says. A ``@triton.jit``
             function runs on the device and is given a float64 block; a plain Python callable is tabulated there.
         scale_mode: "cycle" or "iterations": what ``scale_fn`` is given.
@@ -89,10 +94,19 @@ class Cyclic(Schedule):
                 f"step_size_up={self.step_size_up} and step_size_down={self.step_size_down} are too large or too far "
                 "apart: as multiples of a power of two, their sum must stay below 2**62"
             ) from None
+        set_field(self, "cycle_momentum", check_bool("cycle_momentum", self.cycle_momentum))
         if self.scale_fn is None:
             if self.mode not in MODES:
                 raise ValueError(f"mode must be one of {MODES} unless scale_fn is given, got mode={self.mode!r}")
             set_field(self, "scale_mode", "iterations" if self.mode == "exp_range" else "cycle")
+            if self.mode == "exp_range" and self.gamma > 1:
+                steps = float(self.step_size_up) + float(self.step_size_down or 0)
+                # Torch raises an OverflowError at that step.
+                if steps * math.log(self.gamma) > MAX_LOG_AMPLITUDE:
+                    raise ValueError(
+                        f"gamma must be a finite number >= 0 whose power of the {steps:g} steps of a cycle is finite, "
+                        f"got {self.gamma}"
+                    )
         elif not callable(self.scale_fn):
             raise ValueError(f"scale_fn must be callable or None, got {self.scale_fn!r}")
         elif self.scale_mode not in SCALE_MODES:
@@ -102,8 +116,7 @@ class Cyclic(Schedule):
         set_field(self, "cycle_momentum", bool(self.cycle_momentum))
         if self.total_steps is not None:
             allowed = "an integer number of steps >= 1 or None"
-            total_steps = _checked("total_steps", self.total_steps, allowed, lambda x: x >= 1 and x.is_integer())
-            set_field(self, "total_steps", int(total_steps))
+            set_field(self, "total_steps", check_integer("total_steps", self.total_steps, allowed, lambda n: n >= 1))
 
     def parts(self) -> tuple[Part, ...]:
         """See `Schedule.parts`: one part, of a rising and a falling line, that repeats."""
@@ -126,10 +139,6 @@ class Cyclic(Schedule):
 
 
 def _checked(name: str, value: Any, allowed: str, is_allowed: Callable[[float], bool]) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} must be {allowed}, got {value!r}") from None
-    if not (math.isfinite(number) and is_allowed(number)):
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return number
+    """A finite number, as a float; a tensor ``lr`` gives torch's CyclicLR bounds that are tensors of 1 element."""
+    number = check_number_or_tensor(name, value, allowed, lambda x: math.isfinite(x) and is_allowed(x))
+    return float(number)

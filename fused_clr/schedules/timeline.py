@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
@@ -181,7 +182,7 @@ def _scale_of(scaling: Scaling | None) -> Callable[[int, int], float] | None:
             return factor ** (step if per_step else cycle)
         except OverflowError:
             # A float can hold neither the result nor, with tiny steps, the cycle.
-            return 0.0 if factor < 1.0 else math.inf
+            return 0.0 if factor < 1.0 else sys.float_info.max
 
     return power
 

@@ -245,19 +245,16 @@ def test_a_limit_cannot_appear_or_vanish() -> None:
     [
         ({"max_grad_norm": 0.0}, "max_grad_norm must be a number > 0 .*, got 0.0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be a number > 0 .*, got nan"),
-        ({"max_grad_norm": "1"}, None),
+        ({"max_grad_norm": "1"}, "max_grad_norm must be a number > 0 .*, got '1'"),
         ({"max_grad_norm": "one"}, "max_grad_norm must be a number > 0 .*, got 'one'"),
         ({"skip_if_nonfinite": True}, "skip_if_nonfinite=True needs max_grad_norm"),
         ({"write_back_grads": "yes"}, "write_back_grads must be True or False, got 'yes'"),
-        ({"history_size": -1}, "history_size must be an integer >= 0, got -1"),
-        ({"history_size": 2.5}, "history_size must be an integer >= 0, got 2.5"),
+        ({"history_size": -1}, "history_size must be an integer in .*, got -1"),
+        ({"history_size": 2.5}, "history_size must be an integer in .*, got 2.5"),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str | None) -> None:
+def test_bad_options(options: dict[str, Any], message: str) -> None:
     params = [torch.nn.Parameter(torch.ones(2))]
-    if message is None:
-        assert FusedAdam(params, **options).max_grad_norm == 1.0
-        return
     with pytest.raises(ValueError, match=message):
         FusedAdam(params, **options)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from fused_clr import FusedAdam
+from fused_clr.schedules import Cyclic
 from tests.helpers.pairs import copies
 
 FLOAT16_TINY = 2.0**-24
@@ -92,3 +94,75 @@ def test_float16_gradients_of_float32_parameters(backend: str, gradient: float) 
     scaler.step(optimizer)
     torch.testing.assert_close(optimizer.state[param]["exp_avg"], torch.full((16,), 0.1 * gradient), rtol=1e-6, atol=0)
     assert copies([param])[0].abs().max() > 0.9
+
+
+@pytest.mark.parametrize("step", [3, 6, 6000, 6 * 10**15])
+def test_a_growing_scale_is_never_nan(backend: str, step: int) -> None:
+    schedule = Cyclic(0.25, 1.25, 3, mode="exp_range", gamma=1.5, cycle_momentum=False)
+    optimizer = FusedAdam([torch.nn.Parameter(torch.ones(2))], schedule=schedule)
+    optimizer.set_schedule_step(step)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule.lr(step), rel=1e-12)
+    assert not math.isnan(schedule.lr(step))
+
+
+def test_a_scale_that_overflows_within_a_cycle_is_refused() -> None:
+    # Torch raises an OverflowError at step 4.
+    with pytest.raises(ValueError, match=r"gamma must be .*, got 1e\+100"):
+        Cyclic(0.1, 0.2, 2000, mode="exp_range", gamma=1e100)
+    # Other modes ignore it, as in torch.
+    Cyclic(0.1, 0.2, 2000, gamma=1e100)
+
+
+@pytest.mark.parametrize("lr", [-1e-20, -3.0, 0.0, torch.tensor(-0.5)], ids=str)
+def test_any_finite_lr_is_written(backend: str, lr: Any) -> None:
+    ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizers = FusedAdam([ours]), torch.optim.Adam([theirs], fused=True)
+    for param, optimizer in zip((ours, theirs), optimizers, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        param.grad = torch.linspace(-1, 1, 3)
+        optimizer.step()
+        # And saved, and loaded.
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+    for bad in (math.nan, math.inf, "0.1", True, None):
+        with pytest.raises(ValueError, match="lr must be a finite number, got"):
+            optimizers[0].param_groups[0]["lr"] = bad
+
+
+def test_torchs_annealing_to_a_negative_lr(backend: str) -> None:
+    lrs = []
+    for kind in (FusedAdam, torch.optim.Adam):
+        optimizer = kind([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4, eta_min=-1e-20)
+        for _ in range(4):
+            optimizer.step()
+            scheduler.step()
+        lrs.append(optimizer.param_groups[0]["lr"])
+    assert lrs[0] == lrs[1] < 1e-15
+
+
+def test_step_sizes_far_apart(backend: str) -> None:
+    arguments = {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 2000, "step_size_down": 0.1, "cycle_momentum": False}
+    ours, theirs = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = FusedAdam([ours], schedule=Cyclic(**arguments))
+    peer = torch.optim.lr_scheduler.CyclicLR(torch.optim.Adam([theirs], lr=0.1), **arguments)
+    for step in (0, 1, 1999, 2000, 2001, 4000, 4001, 20_000, 123_456):
+        optimizer.set_schedule_step(step)
+        peer.last_epoch, peer._get_lr_called_within_step = step, True
+        # Torch rounds the sum of the step sizes, which the cycles multiply.
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(peer.get_lr()[0], rel=1e-9)
+    with pytest.raises(ValueError, match="step_size_up=10{17} and step_size_down=0.001 are too large or too far apart"):
+        Cyclic(0.1, 0.5, 1e17, 0.001)
+
+
+def test_a_checkpoint_at_the_last_step(backend: str) -> None:
+    optimizer = FusedAdam([torch.nn.Parameter(torch.ones(3))], schedule=Cyclic(0.1, 0.5, 3))
+    optimizer.set_schedule_step(2**53 - 1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["schedule"]["step"] == 2**53
+    loaded = FusedAdam([torch.nn.Parameter(torch.ones(3))], schedule=Cyclic(0.1, 0.5, 3))
+    loaded.load_state_dict(saved)
+    assert loaded.status().schedule_step == 2**53
+    assert loaded.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]

@@ -52,7 +52,7 @@ class Batch:
     def gradients(
         self, grads: Sequence[Tensor | None], factor: float, write_back: bool
     ) -> tuple[TensorList, Tensor | None]:
-        """This batch's gradients, as torch's kernel wants them.
+        """This batch's gradients, multiplied and converted as torch's kernel wants them.
 
         Args:
             grads: One entry per parameter of the engine.
@@ -63,8 +63,6 @@ class Batch:
             The gradients; what the kernel divides them by, or None. It writes the quotients into them.
         """
         own: TensorList = grads if self.is_whole else self.take(grads)  # type: ignore[assignment]
-        if factor == 1.0 and not self.converts:
-            return own, None
         if factor == 1.0:
             return self._converted(own), None
         wide = torch.promote_types(torch.promote_types(own[0].dtype, self.params[0].dtype), torch.float32)
@@ -239,15 +237,19 @@ class CpuEngine(Engine):
                 torch._foreach_add_(plan.steps, 1)
             factor = state.clip_coefficient / scale
             write_back = self._options.write_back_grads
+            values, updates = state.next, self._updates
             for batch in plan.batches:
                 params: Sequence[Tensor] = batch.params
-                own_grads, kernel_scale = batch.gradients(grads, factor, write_back)
+                if factor == 1.0 and not batch.converts:
+                    own_grads: Any = grads if batch.is_whole else batch.take(grads)
+                    kernel_scale = None
+                else:
+                    own_grads, kernel_scale = batch.gradients(grads, factor, write_back)
                 if batch.is_complex:
                     params = [torch.view_as_real(param) for param in params]
                     own_grads = [torch.view_as_real(grad) for grad in own_grads]
-                lr, momentum = state.next[batch.group_index]
-                update = self._updates[batch.group_index]
-                update(params, own_grads, batch.states, batch.steps, lr, momentum, kernel_scale)
+                index = batch.group_index
+                updates[index](params, own_grads, batch.states, batch.steps, *values[index], kernel_scale)
         state.finish_step(scale, skipped, ticks=not skipped or self._options.advance_schedule_on_skip)
 
     def tick(self) -> None:

@@ -69,8 +69,13 @@ class CpuState(EngineState):
                 constants.append((index, group.lr, group.momentum))
                 continue
             timeline = group.schedule.timeline
-            _, members = timelines.setdefault(timeline.key, (timeline.locate, []))
-            members.append((index, timeline.bounds, group.momentum))
+            empty: list[list[Any]] = [[[] for _ in segments] for segments in timeline.bounds]
+            _, members = timelines.setdefault(timeline.key, (timeline.locate, empty))
+            # The members of each segment of each part: index, then the six bounds.
+            for own, part in zip(members, timeline.bounds, strict=True):
+                for entries, bounds in zip(own, part, strict=True):
+                    momentum = bounds[3:] if bounds.about_momentum is not None else (group.momentum, 0.0, 0.0)
+                    entries.append((index, *bounds[:3], *momentum))
         self.groups = list(groups)
         self._has_tensor_lr = any(group.tensor_lr is not None for group in groups)
         self._constants, self._timelines = constants, list(timelines.values())
@@ -83,11 +88,10 @@ class CpuState(EngineState):
             values[index] = float(lr), momentum
         for locate, members in self._timelines:
             part, segment, height, scale = locate(self.host_step)
-            for index, bounds, own_momentum in members:
-                lr, lr_offset, lr_span, momentum, momentum_offset, momentum_span = bounds[part][segment]
+            for index, lr, lr_offset, lr_span, momentum, offset, span in members[part][segment]:
                 values[index] = (
                     lr + (lr_offset + lr_span * height) * scale,
-                    own_momentum if momentum is None else momentum + (momentum_offset + momentum_span * height) * scale,
+                    momentum + (offset + span * height) * scale,
                 )
         self.next = values
         self.must_evaluate = self._has_tensor_lr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from operator import is_not
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -62,10 +61,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Changes that the engines do not have yet.
         self._structure_changed = True
         self._state_changed = self._settings_changed = False
-        # Groups and parameters that the engines know: torch lets users edit both lists in place.
+        # The groups that the engines know: torch lets users edit the list in place.
         self._known_groups: list[ParamGroup] = []
-        self._param_lists: list[list[Tensor]] = []
-        self._known_params: list[Tensor] = []
         # Where groups were when last looked at; a group is searched for if it is not there.
         self._group_indices: dict[int, int] = {}
         # Between optimizer.step() and scheduler.step(), torch's param groups show what was just applied.
@@ -127,7 +124,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _ready(self) -> Engines:
         """The engines, after applying all changes made since the last call."""
-        if not self._structure_changed and self._lists_edited():
+        groups, known = self.param_groups, self._known_groups
+        # By identity: == of groups would compare tensors.
+        if not self._structure_changed and (len(groups) != len(known) or any(map(is_not, groups, known))):
             self._restructure()
         engines = self._engines
         if self._structure_changed:
@@ -140,8 +139,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 is_ahead=self._awaits_scheduler,
             )
             self._known_groups = list(self.param_groups)
-            self._param_lists = [group.stored("params") for group in self.param_groups]
-            self._known_params = list(chain.from_iterable(self._param_lists))
             self._group_indices = {id(group): index for index, group in enumerate(self.param_groups)}
             self._structure_changed = self._state_changed = self._settings_changed = False
         if self._state_changed:
@@ -151,16 +148,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             engines.set_groups(self._settings())
             self._settings_changed = False
         return engines
-
-    def _lists_edited(self) -> bool:
-        """Whether ``param_groups`` or some ``group["params"]`` was edited in place."""
-        # By identity: == of tensors compares values.
-        groups, known = self.param_groups, self._known_groups
-        if len(groups) != len(known) or any(map(is_not, groups, known)):
-            return True
-        if sum(map(len, self._param_lists)) != len(self._known_params):
-            return True
-        return any(map(is_not, chain.from_iterable(self._param_lists), self._known_params))
 
     def _adopt_groups(self) -> None:
         """Replaces plain dicts that users put into ``param_groups``; checks all of them first.

@@ -14,7 +14,7 @@ from .._device.settings import GroupSettings
 from .._torch_internals import calling_scheduler
 from ..schedules import Schedule
 from .hyperparameters import check_hyperparameter
-from .watched import WatchedDict
+from .watched import WatchedDict, WatchedList
 
 
 class Owner(Protocol):
@@ -49,6 +49,7 @@ class ParamGroup(WatchedDict):
 
     def __init__(self, values: Mapping[str, Any], owner: Callable[[], Owner | None]) -> None:
         super().__init__(values, partial(_tell, owner))
+        dict.__setitem__(self, "params", WatchedList(values["params"], partial(self.on_change, "params")))
         self._owner = owner
         optimizer = owner()
         assert optimizer is not None
@@ -153,6 +154,8 @@ class ParamGroup(WatchedDict):
         if key in self.scheduled_keys:
             self._write_scheduled(key, value)
             return
+        if key == "params":
+            value = WatchedList(value, partial(self.on_change, key))
         super().__setitem__(key, value)
 
     def _write_scheduled(self, key: str, value: Any) -> None:

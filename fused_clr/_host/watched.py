@@ -1,11 +1,11 @@
-"""Dictionaries that report writes, so that a step need not look at each of them."""
+"""Dictionaries and lists that report writes, so that a step need not look at each of them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from copy import deepcopy
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 
@@ -58,6 +58,40 @@ class WatchedDict(dict[Any, Any]):
 
     def __ror__(self, other: Any) -> Any:
         return other | self.copy()
+
+
+class WatchedList(list[Any]):
+    """A list that reports every edit. Copies and pickles are plain lists.
+
+    Args:
+        values: The initial entries; they are not reported.
+        on_change: Called after every edit.
+    """
+
+    def __init__(self, values: Iterable[Any], on_change: Callable[[], None]) -> None:
+        super().__init__(values)
+        self.on_change = on_change
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
+def _reported(name: str) -> Any:
+    method = getattr(list, name)
+
+    @wraps(method)
+    def edit(self: WatchedList, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        self.on_change()
+        return result
+
+    return edit
+
+
+for _name in ("append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"):
+    setattr(WatchedList, _name, _reported(_name))
+for _name in ("__setitem__", "__delitem__", "__iadd__", "__imul__"):
+    setattr(WatchedList, _name, _reported(_name))
 
 
 class OptimizerState(defaultdict[Any, Any]):

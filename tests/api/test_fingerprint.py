@@ -163,6 +163,19 @@ def swap_params(optimizer: Any, _: Any) -> None:
     first[0], second[0] = second[0], first[0]
 
 
+def new_param_list(optimizer: Any, _: Any) -> None:
+    first, second = optimizer.param_groups
+    first["params"] = [*first["params"], *second["params"]]
+    second["params"] = []
+    first["params"].reverse()
+
+
+def move_param(optimizer: Any, _: Any) -> None:
+    first, second = (group["params"] for group in optimizer.param_groups)
+    second += [first.pop()]
+    second.insert(0, second.pop(1))
+
+
 def replace_param(optimizer: Any, params: list[Tensor]) -> None:
     # A new one of equal value in the place of the first.
     params[0] = torch.nn.Parameter(params[0].detach().clone())
@@ -170,7 +183,9 @@ def replace_param(optimizer: Any, params: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "edit", [drop, reverse, copy_group, new_list, pop_and_append, swap_params, replace_param], ids=lambda f: f.__name__
+    "edit",
+    [drop, reverse, copy_group, new_list, pop_and_append, swap_params, new_param_list, move_param, replace_param],
+    ids=lambda f: f.__name__,
 )
 def test_lists_edited_in_place_are_followed(edit: Callable[[Any, Any], None]) -> None:
     twins = Twins((5,), (70,), (3,), (2, 2), groups=2)

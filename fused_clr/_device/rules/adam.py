@@ -27,13 +27,8 @@ def _kernels() -> tuple[Any, Any]:
 
 def _cpu_update(values: Mapping[str, Any], maximize: bool) -> CpuUpdate:
     function: Any = torch._fused_adamw_ if values["decoupled_weight_decay"] else torch._fused_adam_
-    numbers = {
-        "beta2": float(values["betas"][1]),
-        "weight_decay": float(values["weight_decay"]),
-        "eps": float(values["eps"]),
-        "amsgrad": bool(values["amsgrad"]),
-        "maximize": maximize,
-    }
+    beta2, eps, weight_decay = float(values["betas"][1]), float(values["eps"]), float(values["weight_decay"])
+    amsgrad = bool(values["amsgrad"])
 
     def update(
         params: Sequence[Tensor],
@@ -44,9 +39,23 @@ def _cpu_update(values: Mapping[str, Any], maximize: bool) -> CpuUpdate:
         momentum: float,
         grad_scale: Tensor | None,
     ) -> None:
-        max_exp_avg_sqs = states[2] if len(states) == 3 else []
-        averages = states[0], states[1], max_exp_avg_sqs
-        function(params, grads, *averages, steps, lr=lr, beta1=momentum, grad_scale=grad_scale, **numbers)
+        # All by name: no dict of arguments is made, which 64 groups would feel.
+        function(
+            params,
+            grads,
+            states[0],
+            states[1],
+            states[2] if amsgrad else [],
+            steps,
+            lr=lr,
+            beta1=momentum,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            grad_scale=grad_scale,
+        )
 
     return update
 

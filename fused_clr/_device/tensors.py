@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+LOW_PRECISION = frozenset({torch.float16, torch.bfloat16, torch.complex32})
+
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of an element's real numbers: a complex tensor is updated as pairs of reals."""
@@ -43,7 +45,7 @@ def is_resolved(tensor: Tensor) -> bool:
 
 def is_low_precision(dtype: torch.dtype) -> bool:
     """Whether a step must compute in float32 what this dtype stores."""
-    return torch.finfo(real_dtype(dtype)).bits < 32
+    return dtype in LOW_PRECISION
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:

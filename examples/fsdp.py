@@ -61,6 +61,8 @@ def main() -> None:
     norm = float(optimizer.live.grad_norm)
     if dist.get_rank() == 0:
         print(f"step {scheduler.last_epoch}, lr {scheduler.get_last_lr()[0]:.6g}, gradient norm {norm:.6g}")
+    # Nobody leaves while another still communicates.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -265,6 +265,7 @@ def _torch_cyclic(optimizer: FusedAdam, step: int) -> dict[str, Any]:
     if first.scale_fn is not None and is_triton_function(first.scale_fn):
         try:
             first.lr(step)
+        # Triton's functions raise what they like outside of a kernel.
         except Exception as error:
             raise ValueError(
                 f"scale_fn {function_name(first.scale_fn)!r} calls Triton functions, which the host cannot "

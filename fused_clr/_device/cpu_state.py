@@ -102,7 +102,8 @@ class CpuState(EngineState):
         try:
             self.evaluate()
         except Exception:
-            # Values stay as they are, for reading.
+            # A user's scale_fn may raise anything. The step that needs the value evaluates again, and raises then; until
+            # then the last values can be read.
             self._counts[2] = self.host_step
             self.must_evaluate = True
 

@@ -102,8 +102,8 @@ class CpuState(EngineState):
         try:
             self.evaluate()
         except Exception:
-            # A user's scale_fn may raise anything. The step that needs the value evaluates again, and raises then; until
-            # then the last values can be read.
+            # A user's scale_fn may raise anything. The step that needs the value evaluates again and raises; until then
+            # the last values can be read.
             self._counts[2] = self.host_step
             self.must_evaluate = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import multiprocessing
@@ -91,9 +90,12 @@ def test_a_scale_fn_that_raises_late_ends_the_training_where_it_has_no_value(mon
 
 
 def test_numbers_as_text_and_flags_as_numbers_do_not_half_a_step(backend: str) -> None:
-    param, optimizer = stepped(amsgrad=1)
-    with contextlib.suppress(TypeError, ValueError):
-        optimizer.param_groups[0]["eps"] = "1e-8"
+    with pytest.raises(ValueError, match="amsgrad must be True or False, got 1"):
+        stepped(amsgrad=1)
+    param, optimizer = stepped()
+    for key, value in (("eps", "1e-8"), ("amsgrad", 1)):
+        with pytest.raises(ValueError, match=f"{key} must be"):
+            optimizer.param_groups[0][key] = value
     optimizer.step()
     assert optimizer.state[param]["step"].item() == 2
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ._device.capture import CapturedStep
+from ._device.tensors import has_memory
 from ._host.optimizer import FusedOptimizer
 
 __all__ = ["CapturedStep", "GraphedStep"]
@@ -51,7 +52,7 @@ class GraphedStep:
         num_warmup_iters: Eager calls before a capture, >= 1. Use 11 for DistributedDataParallel, as torch's
             documentation says.
         check: When `FusedAdam.check_replay` runs: "always"; "first", before a graph's first replay, and before later
-            ones if a parameter has moved in memory; "never".
+            ones if a parameter has other memory, or another shape, stride or dtype; "never".
         max_graphs: Graphs kept, >= 1. The least recently used one is released first.
         capture_error_mode: As for `torch.cuda.graph`.
 
@@ -159,7 +160,7 @@ class GraphedStep:
                 param.grad = grad
             self._latest = graph
         for optimizer, captured in graph.captured:
-            if self._check == "always" or (self._check == "first" and (is_new or captured.parameters_moved())):
+            if self._check == "always" or (self._check == "first" and (is_new or captured.parameters_changed())):
                 optimizer.check_replay(captured)
         graph.graph.replay()
         self._return_inputs(graph, tensors)
@@ -178,8 +179,9 @@ class GraphedStep:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for param in group.stored("params"):
-                    device: torch.device = param.device
-                    return device
+                    if has_memory(param):
+                        device: torch.device = param.device
+                        return device
         return torch.device("cpu")
 
     def _has_cuda(self, device: torch.device) -> bool:

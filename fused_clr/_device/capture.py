@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .fingerprint import Fingerprint
+
 RELAXED = 2
 
 
@@ -45,8 +47,8 @@ class CapturableEngine(Protocol):
     def generation(self) -> int:
         """The current generation: captured launches of another one do nothing."""
 
-    def parameter_addresses(self, active: Sequence[int]) -> list[int]:
-        """Current addresses of the active parameters."""
+    def active_parameters(self, active: Sequence[int]) -> list[Tensor]:
+        """What a step of the active parameters writes."""
 
     def present_places(self, active: Sequence[int]) -> tuple[list[Place], list[Place | None], list[Place]]:
         """Places of the active parameters, of all gradients, and of the active parameters' state."""
@@ -72,11 +74,16 @@ class Capture:
         self.tensors = tensors
         self.generation = engine.generation
         self.params, self.grads, self.state = engine.present_places(active)
-        self._addresses = [place.address for place in self.params]
+        self._remember_parameters()
 
-    def parameters_moved(self) -> bool:
-        """Whether an updated parameter has another address than its launches use."""
-        return self.engine.parameter_addresses(self.active) != self._addresses
+    def _remember_parameters(self) -> None:
+        self._addresses = [place.address for place in self.params]
+        self._layouts = Fingerprint([], self.engine.active_parameters(self.active))
+
+    def parameters_changed(self) -> bool:
+        """Whether an updated parameter has another address or layout than its launches use."""
+        addresses = [param.data_ptr() for param in self.engine.active_parameters(self.active)]
+        return addresses != self._addresses or not (self._layouts.matches([]) or self._layouts.matches_slowly([]))
 
     def release(self) -> None:
         """Frees what a replay needs."""
@@ -118,7 +125,7 @@ class Capture:
         if moved:
             self.engine.refresh_capture(self)
             self.params, self.grads, self.state = params, grads, state
-            self._addresses = [place.address for place in params]
+            self._remember_parameters()
 
     @staticmethod
     def _compare(now: Sequence[Place], then: Sequence[Place], optimizer_only: bool) -> bool:
@@ -164,9 +171,9 @@ class CapturedStep:
         """Whether replays still update anything: no parameters, groups, amsgrad or compiled scale_fn changed since."""
         return not self._released and all(part.generation == part.engine.generation for part in self.parts)
 
-    def parameters_moved(self) -> bool:
-        """Whether a parameter has another address than replays use: a part of `check`, for every replay."""
-        return any(part.parameters_moved() for part in self.parts)
+    def parameters_changed(self) -> bool:
+        """Whether a parameter has another address or layout than replays use: a part of `check`, for every replay."""
+        return any(part.parameters_changed() for part in self.parts)
 
     def check(self, optimizer_only: bool = False) -> None:
         """Compares the tensors that replays use with the current ones; see `FusedAdam.check_replay`."""

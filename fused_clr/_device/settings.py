@@ -40,6 +40,13 @@ class GroupSettings(NamedTuple):
         """``lr`` if it is a tensor and the group has no schedule, which would replace it; else None."""
         return self.lr if isinstance(self.lr, Tensor) and self.schedule is None else None
 
+    def tensors(self) -> list[Tensor]:
+        """The other hyperparameters that are tensors: they are read when the settings are applied."""
+        values = [value for key, value in self.values.items() if key not in ("lr", "params")]
+        values += [entry for value in values if isinstance(value, tuple) for entry in value]
+        # Inference tensors have no version, and cannot be written in place outside of inference mode.
+        return [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
+
 
 class Options(NamedTuple):
     """Options for all groups; see `fused_clr.optim.StepOptions`."""

@@ -22,6 +22,11 @@ def real_numel(tensor: Tensor) -> int:
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
+def has_memory(param: Tensor) -> bool:
+    """Whether a parameter can be stepped: it is not on meta, and no lazy module's that has not seen its input."""
+    return not (param.is_meta or torch.nn.parameter.is_lazy(param))
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one span of memory, in any order of dimensions."""
     expected = 1

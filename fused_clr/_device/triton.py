@@ -314,12 +314,10 @@ class TritonEngine(Engine):
         capture.tables = plan, table, launches
         capture.tensors = [*grads, *self.parameters.tensors, *states]
 
-    def parameter_addresses(self, active: Sequence[int]) -> list[int]:
+    def active_parameters(self, active: Sequence[int]) -> list[Tensor]:
         """See `CapturableEngine`."""
         tensors = self.parameters.tensors
-        if len(active) != len(tensors):
-            tensors = [tensors[index] for index in active]
-        return [*map(Tensor.data_ptr, tensors)]
+        return tensors if len(active) == len(tensors) else [tensors[index] for index in active]
 
     def present_places(self, active: Sequence[int]) -> tuple[list[Place], list[Place | None], list[Place]]:
         """Places that a captured launch depends on. See `CapturableEngine`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._device.rules import UpdateRule
 from .._device.sharding import is_dtensor
+from .._device.tensors import has_memory
 from ..schedules import Schedule
 from .hyperparameters import check_hyperparameter, check_schedule_step
 from .param_group import ParamGroup
@@ -211,7 +212,11 @@ def _agrees(group: Mapping[str, Any], schedule: Schedule | None, step: int, rule
     """Whether a saved group has the learning rate and momentum of ``schedule`` at ``step``."""
     if schedule is None:
         return True
-    lr, momentum = schedule.lr_and_momentum(step)
+    try:
+        lr, momentum = schedule.lr_and_momentum(step)
+    except Exception:
+        # A `@triton.jit` scale_fn that calls Triton's functions has no values on the host.
+        return False
     # torch's formula drifts, and a tensor lr is float32.
     same = math.isclose(float(group["lr"]), lr, rel_tol=1e-6, abs_tol=1e-12)
     return same and (math.isnan(momentum) or math.isclose(rule.momentum_of(group), momentum, rel_tol=1e-6))
@@ -231,6 +236,8 @@ def _check_schedule(name: str, saved: Any, present: Schedule | None) -> tuple[Sc
 
 
 def _check_entry(name: str, entry: Any, param: Tensor, rule: UpdateRule) -> None:
+    if not has_memory(param):
+        raise ValueError(f"{name} is the state of a parameter without memory, on {param.device}: load it later")
     required = rule.states[: rule.required_states]
     if not isinstance(entry, Mapping) or not {"step", *required} <= set(entry):
         raise ValueError(f"{name} must be a dict with 'step', {', '.join(map(repr, required))}")

@@ -16,9 +16,9 @@ from .._device.capture import CapturedStep
 from .._device.engines import Engines
 from .._device.parameters import ParametersMovedError
 from .._device.rules import UpdateRule
-from .._device.settings import Options, TensorRecord
+from .._device.settings import GroupSettings, Options, TensorRecord
 from .._device.sharding import local_tensor
-from .._device.tensors import check_parameter
+from .._device.tensors import check_parameter, has_memory
 from .._torch_internals import asked_by_distributed_checkpoint, call_with_hooks, hooks_wanted, uncompiled
 from ..schedules import Schedule
 from ..telemetry import History, Live, Status
@@ -63,6 +63,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._state_changed = self._settings_changed = False
         # The groups that the engines know: torch lets users edit the list in place.
         self._known_groups: list[ParamGroup] = []
+        # Parameters that no engine knows, since they have no memory yet.
+        self._waiting: list[TensorRecord] = []
+        # Hyperparameters that are tensors, with the versions that the engines know.
+        self._tensor_versions: list[tuple[Tensor, int]] = []
         # Where groups were when last looked at; a group is searched for if it is not there.
         self._group_indices: dict[int, int] = {}
         # Between optimizer.step() and scheduler.step(), torch's param groups show what was just applied.
@@ -128,6 +132,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         # By identity: == of groups would compare tensors.
         if not self._structure_changed and (len(groups) != len(known) or any(map(is_not, groups, known))):
             self._restructure()
+        if any(has_memory(record.param) for record in self._waiting):
+            self._restructure()
+        if any(tensor._version != version for tensor, version in self._tensor_versions):
+            self._settings_changed = True
         engines = self._engines
         if self._structure_changed:
             self._adopt_groups()
@@ -165,18 +173,33 @@ class FusedOptimizer(torch.optim.Optimizer):
             groups[index] = self._make_group(index, dict(group))
         self.param_groups[:] = groups
 
-    def _settings(self) -> list[Any]:
-        return [group.settings() for group in self.param_groups]
+    def _settings(self) -> list[GroupSettings]:
+        settings = [group.settings() for group in self.param_groups]
+        self._tensor_versions = [(tensor, tensor._version) for group in settings for tensor in group.tensors()]
+        return settings
 
     def _records(self) -> dict[torch.device, list[TensorRecord]]:
-        """The parameters of all groups, by device; an optimizer without parameters counts as one on the CPU."""
+        """The parameters of all groups, by device; an optimizer without parameters counts as one on the CPU.
+
+        Leaves out, and remembers, those without memory: they may get it, and a gradient, later.
+
+        Raises:
+            ValueError: A parameter occurs twice: two updates of the same memory would race.
+        """
         records: dict[torch.device, list[TensorRecord]] = {}
+        waiting: list[TensorRecord] = []
+        places: dict[int, str] = {}
         for index, group in enumerate(self.param_groups):
             names = group.stored("param_names")
             for position, param in enumerate(group.stored("params")):
                 name = f"param_groups[{index}]['params'][{position}]"
+                if id(param) in places:
+                    raise ValueError(f"{name} is {places[id(param)]} too: an optimizer must hold a parameter once")
+                places[id(param)] = name
                 record = TensorRecord(f"{name} ({names[position]})" if names else name, param, index)
-                records.setdefault(param.device, []).append(record)
+                own = records.setdefault(param.device, []) if has_memory(param) else waiting
+                own.append(record)
+        self._waiting = waiting
         return records or {torch.device("cpu"): []}
 
     @uncompiled
@@ -235,7 +258,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         values = {name: check_hyperparameter(name, value) for name, value in values.items()}
         self._check_schedules([values.get("schedule")], values["params"])
         for position, param in enumerate(values["params"]):
-            check_parameter(f"param_groups[{index}]['params'][{position}]", local_tensor(param))
+            if has_memory(param):
+                check_parameter(f"param_groups[{index}]['params'][{position}]", local_tensor(param))
         if len({id(param) for param in values["params"]}) != len(values["params"]):
             raise ValueError(f"param_groups[{index}]['params'] must not hold a parameter twice")
         schedule = values.pop("schedule", None)
@@ -290,16 +314,23 @@ class FusedOptimizer(torch.optim.Optimizer):
                 # GradScaler adds up one flag per device with gradients: without any, the sum is the number 0.
                 found_inf = None
             try:
-                self._ready().step(grad_scale, found_inf)
+                self._step_engines(grad_scale, found_inf)
             except ParametersMovedError:
                 self._structure_changed = True
-                self._ready().step(grad_scale, found_inf)
+                self._step_engines(grad_scale, found_inf)
         finally:
             torch._C._set_grad_enabled(grad_enabled)
         if self._scheduler_token:
             self._awaits_scheduler = True
             self._steps_since_scheduler += 1
         return loss
+
+    def _step_engines(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        engines = self._ready()
+        for record in self._waiting:
+            if record.param.grad is not None:
+                raise RuntimeError(f"{record.name} has a gradient but no memory: it is on {record.param.device}")
+        engines.step(grad_scale, found_inf)
 
     # -- telemetry ----------------------------------------------------------------------------------------------------
     @property

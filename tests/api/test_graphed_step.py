@@ -108,9 +108,16 @@ def test_a_moved_parameter_stops_a_graphed_step(check: Any) -> None:
     for batch in batches(4):
         graphed(batch)
     weight = next(model.parameters())
-    weight.data = weight.data.clone()
+    memory = weight.data
+    weight.data = memory.clone()
     with pytest.raises(RuntimeError, match="has moved in memory"):
         graphed(batches(1)[0])
+    # The same memory, read in another order.
+    weight.data = memory.view(memory.shape[::-1]).t()
+    with pytest.raises(RuntimeError, match="was captured with shape .* capture the step again"):
+        graphed(batches(1)[0])
+    weight.data = memory
+    graphed(batches(1)[0])
 
 
 @pytest.mark.usefixtures("emulated_cuda")

@@ -123,6 +123,30 @@ def test_old_schedules_that_nothing_explains_are_not_loaded(backend: str) -> Non
     assert target.scheduler.last_epoch == 2
 
 
+def test_old_schedules_that_the_host_cannot_evaluate_are_not_loaded(triton_backend: None) -> None:
+    triton = pytest.importorskip("triton")
+    tl = triton.language
+
+    @triton.jit
+    def waning(cycle):  # type: ignore[no-untyped-def]
+        return tl.exp(-0.1 * cycle)
+
+    def make() -> FusedAdam:
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        return FusedAdam([param], schedule=Cyclic(0.1, 0.2, step_size_up=4, scale_fn=waning))
+
+    optimizer = make()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="cannot be saved"):
+        state = copy.deepcopy(optimizer.state_dict())
+    state["state"][0]["step"] += 3
+    target = make()
+    with pytest.warns(UserWarning, match="they are not loaded"):
+        target.load_state_dict(state)
+    assert target.status().schedule_step == 0
+
+
 def test_fusing_a_pair_that_loaded_our_checkpoint(backend: str) -> None:
     ours, theirs = make_both()
     train(ours, 5)

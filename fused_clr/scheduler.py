@@ -153,7 +153,7 @@ class CyclicLR(LRScheduler):
         Raises:
             RuntimeError: A group has been given another kind of schedule, or none.
         """
-        schedules = [group.schedule for group in self._fused.param_groups[: self._num_groups]]
+        schedules = [group.schedule for group in self._fused._adopt_groups()[: self._num_groups]]
         for index, schedule in enumerate(schedules):
             if not isinstance(schedule, Cyclic):
                 raise RuntimeError(
@@ -174,7 +174,7 @@ class CyclicLR(LRScheduler):
 
     def _set_schedules(self, schedules: Sequence[Cyclic]) -> None:
         # The scheduler does not drive groups added after it was created.
-        others = [group.schedule for group in self._fused.param_groups[self._num_groups :]]
+        others = [group.schedule for group in self._fused._adopt_groups()[self._num_groups :]]
         self._fused.set_schedule([*schedules, *others])
 
     @property
@@ -295,6 +295,8 @@ class CyclicLR(LRScheduler):
                 stacklevel=2,
             )
         optimizer._steps_since_scheduler = 0
+        # Plain dicts among the groups would not show the new values.
+        optimizer._adopt_groups()
         if optimizer._awaits_scheduler:
             optimizer._awaits_scheduler = False
         else:

@@ -157,8 +157,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._settings_changed = False
         return engines
 
-    def _adopt_groups(self) -> None:
-        """Replaces plain dicts that users put into ``param_groups``; checks all of them first.
+    def _adopt_groups(self) -> list[ParamGroup]:
+        """``param_groups``, after replacing plain dicts that users put there; checks all of them first.
 
         Raises:
             ValueError: A hyperparameter or parameter is not allowed, or one is missing.
@@ -172,6 +172,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"param_groups[{index}] has no {sorted(missing)}")
             groups[index] = self._make_group(index, dict(group))
         self.param_groups[:] = groups
+        return self.param_groups
 
     def _settings(self) -> list[GroupSettings]:
         settings = [group.settings() for group in self.param_groups]
@@ -472,6 +473,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 changed.
             TypeError: An entry is not a schedule.
         """
+        self._adopt_groups()
         schedules: Sequence[Any] = (
             schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(self.param_groups)
         )

@@ -122,7 +122,9 @@ class ParamGroup(WatchedDict):
         self.store_all(values)
 
     def _warn_of_overridden_momentum(self, previous: Schedule | None, base: float, maximum: float) -> None:
-        if previous is not None and previous.drives_momentum:
+        # A plain dict of a scheduled group has these keys, and the schedule's momentum.
+        was_driven = self.stored("base_momentum") == base and self.stored("max_momentum") == maximum
+        if was_driven or (previous is not None and previous.drives_momentum):
             return
         momentum = self._rule.momentum_of(self.settings().values)
         if momentum not in (maximum, self._rule.default_momentum):

@@ -256,3 +256,19 @@ def test_loading_copies_and_keeps_what_was_saved(backend: str) -> None:
             (float(target.param_groups[0]["lr"]), set(entry), entry["note"].tolist(), target.state["global"])
         )
     assert results[0] == results[1]
+
+
+def test_plain_dicts_among_the_groups_show_what_the_scheduler_says(backend: str) -> None:
+    ours, theirs = make_both()
+    for pair in (ours, theirs):
+        train(pair, 5)
+        pair.optimizer.step()
+        # As Lightning's BaseFinetuning does. A cycled momentum in it is the schedule's, and no choice of the user.
+        pair.optimizer.param_groups = [dict(group) for group in pair.optimizer.param_groups]
+        pair.scheduler.step()
+    assert [group["lr"] for group in ours.optimizer.param_groups] == pytest.approx(theirs.scheduler.get_last_lr())
+    ours.optimizer.param_groups[1] = dict(ours.optimizer.param_groups[1])
+    ours.optimizer.set_schedule(ours.scheduler.schedules)
+    for pair in (ours, theirs):
+        train(pair, 5)
+    assert_same_params(ours, theirs, 1e-5, 1e-6)

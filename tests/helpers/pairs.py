@@ -28,6 +28,7 @@ def make_pair(
     optimizer_case: OptimizerCase = ADAM,
     schedule_case: ScheduleCase = TRIANGULAR2,
     cyclic: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Pair:
     """Two groups with bounds of their own; by default a short asymmetric cycle, triangular2, beta1 cycling.
@@ -35,7 +36,7 @@ def make_pair(
     ``cyclic`` changes arguments of the scheduler; ``options`` are the optimizer's.
     """
     generator = torch.Generator().manual_seed(seed)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}]
     optimizer = (optimizer_case.ours if ours else optimizer_case.torch_peer)(groups, **options)
     arguments = schedule_case.arguments | (cyclic or {})

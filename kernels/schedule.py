@@ -50,7 +50,8 @@ PART_COLUMNS = tl.constexpr(16)
 FOOT = tl.constexpr(1)
 LENGTH = tl.constexpr(2)
 SHAPE = tl.constexpr(3)
-# Float64. PARAMETER is the exponent of POLYNOMIAL and POWER, and log2 of the ratio of EXPONENTIAL.
+# Float64. PARAMETER is the exponent of POLYNOMIAL and POWER, log2 of the ratio of EXPONENTIAL, and of INVERSE_SQRT the
+# ratio's square less 1.
 PARAMETER = tl.constexpr(4)
 LR_OFFSET = tl.constexpr(5)
 LR_SPAN = tl.constexpr(6)
@@ -61,8 +62,9 @@ SEGMENT_COLUMNS = tl.constexpr(9)
 # Words of the settings, int64[SETTINGS_WORDS], which the host writes with the tables. Addresses are in memory, not
 # arguments, so that captured launches follow a new schedule.
 IN_USE = tl.constexpr(0)
-MAX_PARTS = tl.constexpr(1)
-MAX_SEGMENTS = tl.constexpr(2)
+# The first stride of a search, a power of two; 0 if there is nothing to search.
+PART_STRIDE = tl.constexpr(1)
+SEGMENT_STRIDE = tl.constexpr(2)
 MAX_UNIT_SHIFT = tl.constexpr(3)
 PART_TABLE = tl.constexpr(4)
 SEGMENT_TABLE = tl.constexpr(5)
@@ -75,8 +77,9 @@ COSINE = tl.constexpr(2)
 POLYNOMIAL = tl.constexpr(4)
 POWER = tl.constexpr(8)
 EXPONENTIAL = tl.constexpr(16)
-GEOMETRIC = tl.constexpr(32)
-TABULATED = tl.constexpr(64)
+INVERSE_SQRT = tl.constexpr(32)
+GEOMETRIC = tl.constexpr(64)
+TABULATED = tl.constexpr(128)
 
 # Values of SCALING: a factor to the power of the count, 1 among others; a table; a `@triton.jit` scale_fn,
 # SCALE_FUNCTION + its index in SCALE_FNS.
@@ -92,6 +95,8 @@ MAX_LOG2_SCALE = tl.constexpr(1023.9999999999999)
 MAX_CYCLE = tl.constexpr(1 << 61)
 # The smallest normal float64: a positive number whose logarithm is finite.
 TINY = tl.constexpr(2.2250738585072014e-308)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -122,26 +127,25 @@ def locate_in_cycle(step, period, unit_shift, max_unit_shift):
 
 
 @triton.jit
-def search_started(position, row, first_row, num_rows, table_ptr, first_index, max_rows, COLUMNS: tl.constexpr):
-    """The last row of each lane whose START is not beyond ``position``.
+def search_started(position, row, end_row, stride, table_ptr, COLUMNS: tl.constexpr):
+    """The last row of each lane whose START is not beyond ``position``: a binary search.
 
     Args:
         position: int64 block. Steps for parts, units for segments.
-        row: int64 block. The answer among the first ``first_index`` rows.
-        first_row: int64 block.
-        num_rows: int64 block. Rows of a lane, in ascending order of START.
+        row: int64 block. A row of the lane whose START is not beyond ``position``.
+        end_row: int64 block. The row after the lane's last. Its rows are in ascending order of START.
+        stride: int64 scalar. A power of two, more than half of the rows after ``row`` in any lane; 0 for no search.
         table_ptr: int64 pointer to [rows, COLUMNS].
-        first_index: The first row to look at, counted from ``first_row``.
-        max_rows: int64 scalar. The largest ``num_rows``.
         COLUMNS: Words of a row.
 
     Returns:
         int64 block, a row of the table.
     """
-    for index in range(first_index, max_rows):
-        start_ptr = table_ptr + (first_row + index) * COLUMNS + START
-        start = tl.load(start_ptr, mask=index < num_rows, other=NEVER)
-        row = tl.where(position >= start, first_row + index, row)
+    while stride > 0:
+        later = row + stride
+        start = tl.load(table_ptr + later * COLUMNS + START, mask=later < end_row, other=NEVER)
+        row = tl.where(position >= start, later, row)
+        stride //= 2
     return row
 
 
@@ -193,6 +197,27 @@ def power_of(x, exponent):
 
 
 @triton.jit
+def power_from_one(y, exponent):
+    """``1 - (1 - y)**exponent``, accurate also where it is small.
+
+    Args:
+        y: float64 block in [0, 1].
+        exponent: float64 block > 0.
+
+    Returns:
+        float64 block in [0, 1].
+    """
+    rest = 1.0 - y
+    # What was lost in the difference, to first order.
+    log2_rest = tl.log2(tl.maximum(rest, TINY)) + ((1.0 - rest) - y) * LOG2_E
+    log2_power = exponent * log2_rest
+    power = tl.exp2(log2_power)
+    # Likewise what was lost in the power, which the next difference would make large.
+    lost = tl.log2(tl.maximum(power, TINY)) - log2_power
+    return tl.where(rest > 0.0, (1.0 - power) + power * lost * LN_2, 1.0)
+
+
+@triton.jit
 def height_at(y, shape, parameter, in_use):
     """Height of a segment, ``y`` of its length away from its foot.
 
@@ -203,19 +228,23 @@ def height_at(y, shape, parameter, in_use):
         in_use: int64 scalar. The settings word IN_USE; shapes not in use cost nothing.
 
     Returns:
-        float64 block: 0 at the foot, 1 at the other end; EXPONENTIAL: ``ratio**y - 1``.
+        float64 block: 0 at the foot, 1 at the other end; EXPONENTIAL: ``ratio**y - 1``; INVERSE_SQRT:
+        ``1 / sqrt(1 + parameter * y)``.
     """
     height = y
     if (in_use & COSINE) != 0:
         height = tl.where(shape == COSINE, half_cosine(y), height)
     if (in_use & POLYNOMIAL) != 0:
-        height = tl.where(shape == POLYNOMIAL, 1.0 - power_of(1.0 - y, parameter), height)
+        height = tl.where(shape == POLYNOMIAL, power_from_one(y, parameter), height)
     if (in_use & POWER) != 0:
         height = tl.where(shape == POWER, power_of(y, parameter), height)
     if (in_use & EXPONENTIAL) != 0:
         # Other shapes' parameters are exponents, and may overflow here.
         log2_ratio = tl.where(shape == EXPONENTIAL, parameter, 0.0)
         height = tl.where(shape == EXPONENTIAL, tl.exp2(y * log2_ratio) - 1.0, height)
+    if (in_use & INVERSE_SQRT) != 0:
+        growth = tl.where(shape == INVERSE_SQRT, parameter, 0.0)
+        height = tl.where(shape == INVERSE_SQRT, 1.0 / tl.sqrt(1.0 + growth * y), height)
     return height
 
 
@@ -289,10 +318,10 @@ def schedule_at(step, group_id, valid, group_table_ptr, settings_ptr, overrun_pt
         num_parts = tl.load(integer_group_ptr + NUM_PARTS)
         part_table_ptr = tl.load(settings_ptr + PART_TABLE).to(tl.pointer_type(tl.int64))
         segment_table_ptr = tl.load(settings_ptr + SEGMENT_TABLE).to(tl.pointer_type(tl.int64))
-        max_parts = tl.load(settings_ptr + MAX_PARTS)
-        max_segments = tl.load(settings_ptr + MAX_SEGMENTS)
+        part_stride = tl.load(settings_ptr + PART_STRIDE)
+        segment_stride = tl.load(settings_ptr + SEGMENT_STRIDE)
 
-        part = search_started(step, first_part, first_part, num_parts, part_table_ptr, 1, max_parts, PART_COLUMNS)
+        part = search_started(step, first_part, first_part + num_parts, part_stride, part_table_ptr, PART_COLUMNS)
         integer_part_ptr = part_table_ptr + part * PART_COLUMNS
         part_ptr = integer_part_ptr.to(tl.pointer_type(tl.float64))
         end = tl.load(integer_part_ptr + END)
@@ -308,9 +337,8 @@ def schedule_at(step, group_id, valid, group_table_ptr, settings_ptr, overrun_pt
         cycle = tl.where(part_step < end, cycle, 0)
 
         segment = first_segment + (phase >= second_start).to(tl.int64)
-        segment = search_started(
-            phase, segment, first_segment, num_segments, segment_table_ptr, 2, max_segments, SEGMENT_COLUMNS
-        )
+        end_segment = first_segment + num_segments
+        segment = search_started(phase, segment, end_segment, segment_stride, segment_table_ptr, SEGMENT_COLUMNS)
         integer_segment_ptr = segment_table_ptr + segment * SEGMENT_COLUMNS
         segment_ptr = integer_segment_ptr.to(tl.pointer_type(tl.float64))
         # The distance is exact, and small near the foot, where the value may be small too.

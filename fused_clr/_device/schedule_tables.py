@@ -29,8 +29,8 @@ class ScheduleTables(NamedTuple):
         first_part: int64[num_groups], the column FIRST_PART of the group table.
         num_parts: int64[num_groups], the column NUM_PARTS of the group table.
         in_use: Bit set of the shapes and scalings in use; 0 if no group has a schedule.
-        max_parts: The largest ``num_parts``.
-        max_segments: The largest NUM_SEGMENTS.
+        part_stride: First stride of the search among parts.
+        segment_stride: First stride of the search among segments.
         max_unit_shift: The largest UNIT_SHIFT.
         scale_functions: The ``@triton.jit`` scale functions.
         last_step: The last schedule step for which all tables have a value; infinity if there are none.
@@ -42,8 +42,8 @@ class ScheduleTables(NamedTuple):
     first_part: NDArray[np.int64]
     num_parts: NDArray[np.int64]
     in_use: int
-    max_parts: int
-    max_segments: int
+    part_stride: int
+    segment_stride: int
     max_unit_shift: int
     scale_functions: tuple[Any, ...]
     last_step: float
@@ -69,8 +69,9 @@ def encode_schedules(schedules: Sequence[Schedule | None]) -> ScheduleTables:
         first_part=np.array([first for first, _ in where], np.int64),
         num_parts=np.array([count for _, count in where], np.int64),
         in_use=writer.in_use,
-        max_parts=max((count for _, count in where), default=0),
-        max_segments=writer.max_segments,
+        part_stride=_first_stride(max((count for _, count in where), default=0) - 1),
+        # The column SECOND_START saves a part of two segments the search.
+        segment_stride=_first_stride(writer.max_segments - 2),
         max_unit_shift=writer.max_unit_shift,
         scale_functions=tuple(writer.scale_functions),
         last_step=min((schedule.last_step() for schedule in unique.values()), default=math.inf),
@@ -150,6 +151,11 @@ class _Writer:
             columns.MOMENTUM_OFFSET: bounds.momentum_offset or 0.0,
             columns.MOMENTUM_SPAN: bounds.momentum_span or 0.0,
         }
+
+
+def _first_stride(num_later: int) -> int:
+    """The largest power of two that is not above the number of rows after the first; 0 for none."""
+    return 1 << num_later.bit_length() - 1 if num_later > 0 else 0
 
 
 def _table(rows: list[Row], width: int) -> NDArray[np.float64]:

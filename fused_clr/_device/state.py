@@ -135,8 +135,8 @@ class DeviceState(EngineState):
         settings = np.zeros(columns.SETTINGS_WORDS.value, np.int64)
         for word, value in (
             (columns.IN_USE, schedules.in_use),
-            (columns.MAX_PARTS, schedules.max_parts),
-            (columns.MAX_SEGMENTS, schedules.max_segments),
+            (columns.PART_STRIDE, schedules.part_stride),
+            (columns.SEGMENT_STRIDE, schedules.segment_stride),
             (columns.MAX_UNIT_SHIFT, schedules.max_unit_shift),
             (columns.PART_TABLE, address),
             (columns.SEGMENT_TABLE, address + parts.nbytes),

@@ -17,6 +17,7 @@ class Shape(IntFlag):
     - ``POWER``: progress ``x**power``; falling with power 0.5 it is the "1-sqrt" decay.
     - ``EXPONENTIAL``: the learning rate is multiplied by the same factor at every step. The momentum moves in
       proportion to the learning rate.
+    - ``INVERSE_SQRT``: ``1 / lr**2`` has progress ``x``. There is no momentum.
     """
 
     CONSTANT = 0
@@ -25,6 +26,7 @@ class Shape(IntFlag):
     POLYNOMIAL = 4
     POWER = 8
     EXPONENTIAL = 16
+    INVERSE_SQRT = 32
 
 
 class Segment(NamedTuple):
@@ -33,7 +35,7 @@ class Segment(NamedTuple):
     Attributes:
         steps: Number of steps, > 0. Need not be an integer.
         shape: How the values go from first to last.
-        lr: First and last learning rate. Both > 0 where the shape is EXPONENTIAL.
+        lr: First and last learning rate, >= 0. Both > 0 where the shape is EXPONENTIAL or INVERSE_SQRT.
         momentum: First and last momentum (Adam's beta1), in [0, 1); None: the segment does not set it.
         power: Exponent of POLYNOMIAL and POWER, > 0.
     """

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled import COSINE, LINEAR, NEVER, POLYNOMIAL, POWER, compile_part
+from .compiled import COSINE, INVERSE_SQRT, LINEAR, NEVER, POLYNOMIAL, POWER, compile_part, none_or
 from .parts import Part, Scaling, host_function, is_triton_function
 
 # Cycles of a plain Python scale_fn that are tabulated when no total_steps is stated.
@@ -36,8 +36,8 @@ class Timeline:
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        if not parts:
-            raise ValueError("a schedule must have at least one part, got none")
+        if not isinstance(parts, (tuple, list)) or not parts:
+            raise ValueError(f"a schedule must have at least one part, got {none_or(parts)}")
         compiled = [compile_part(index, part) for index, part in enumerate(parts)]
         self.parts = tuple(part for part, _ in compiled)
         self.bounds = tuple(bounds for _, bounds in compiled)
@@ -197,6 +197,8 @@ def _shaped(y: float, shape: int, parameter: float) -> float:
     if shape == POLYNOMIAL:
         # 1 - (1 - y)**parameter, likewise.
         return -math.expm1(parameter * math.log1p(-y)) if y < 1.0 else 1.0
+    if shape == INVERSE_SQRT:
+        return 1.0 / math.sqrt(1.0 + parameter * y)
     return math.expm1(parameter * y)
 
 

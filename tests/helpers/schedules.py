@@ -54,7 +54,7 @@ CYCLIC = {
 
 
 def shape_segments() -> dict[str, tuple[Segment, ...]]:
-    """Every shape, rising and falling, each 24 steps long with the momentum against it."""
+    """Every shape, rising and falling, each 24 steps long with the momentum against it where it may have one."""
     shapes = {
         "linear": (Shape.LINEAR, 1.0),
         "cosine": (Shape.COSINE, 1.0),
@@ -63,8 +63,9 @@ def shape_segments() -> dict[str, tuple[Segment, ...]]:
         "power": (Shape.POWER, 3.0),
         "power-half": (Shape.POWER, 0.5),
         "exponential": (Shape.EXPONENTIAL, 1.0),
+        "inverse-sqrt": (Shape.INVERSE_SQRT, 1.0),
     }
-    return {
+    segments = {
         name: (
             Segment(24, shape, (1e-4, 0.5), (0.95, 0.8), power),
             Segment(24, shape, (0.5, 1e-3), (0.8, 0.9), power),
@@ -72,6 +73,8 @@ def shape_segments() -> dict[str, tuple[Segment, ...]]:
         )
         for name, (shape, power) in shapes.items()
     }
+    segments["inverse-sqrt"] = tuple(segment._replace(momentum=None) for segment in segments["inverse-sqrt"])
+    return segments
 
 
 def progress_of(segment: Segment, x: float) -> float:
@@ -85,6 +88,9 @@ def progress_of(segment: Segment, x: float) -> float:
     if segment.shape == Shape.EXPONENTIAL:
         first, last = segment.lr
         return (first * (last / first) ** x - first) / (last - first)
+    if segment.shape == Shape.INVERSE_SQRT:
+        first, last = segment.lr
+        return ((first**-2 + (last**-2 - first**-2) * x) ** -0.5 - first) / (last - first)
     return x
 
 

@@ -78,8 +78,8 @@ def from_kernel(schedules: list[Schedule | None], steps: list[int]) -> Evaluated
     addresses = [a.ctypes.data if tables.in_use else 0 for a in (tables.parts, tables.segments, tables.scale_table)]
     words = [0] * columns.SETTINGS_WORDS.value
     words[columns.IN_USE.value] = tables.in_use
-    words[columns.MAX_PARTS.value] = tables.max_parts
-    words[columns.MAX_SEGMENTS.value] = tables.max_segments
+    words[columns.PART_STRIDE.value] = tables.part_stride
+    words[columns.SEGMENT_STRIDE.value] = tables.segment_stride
     words[columns.MAX_UNIT_SHIFT.value] = tables.max_unit_shift
     words[columns.PART_TABLE.value], words[columns.SEGMENT_TABLE.value], words[columns.SCALE_TABLE.value] = addresses
 
@@ -268,6 +268,28 @@ def test_a_jump_between_segments() -> None:
     assert_equals_host(schedules, list(range(12)))
 
 
+def test_long_searches() -> None:
+    # Of different lengths side by side: the strides are those of the longest.
+    counts = [*range(1, 10), 54]
+    segments = [[Segment(2, Shape.CONSTANT, (i / 64, i / 64)) for i in range(count)] for count in counts]
+    schedules: list[Schedule | None] = [once(*own) for own in segments]
+    schedules += [sequence(*map(once, own), milestones=range(2, 2 * len(own), 2)) for own in segments]
+    tables = encode_schedules(schedules)
+    assert (tables.part_stride, tables.segment_stride) == (32, 32)
+    steps = list(range(110))
+    lrs, _, _ = from_kernel(schedules, steps)
+    for column, count in enumerate(counts * 2):
+        assert lrs[:, column].tolist() == [min(step // 2, count - 1) / 64 for step in steps]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.5, 3.0, 40.0])
+def test_a_curve_is_exact_near_its_foot(power: float) -> None:
+    falls = once(Segment(2**52, Shape.POWER, (0.5, 0.0), power=power))
+    steps = [2**52 - 2**bits for bits in (0, 1, 10, 30, 45, 49, 51)] + [2**50, 1, 0]
+    lrs, _, _ = from_kernel([falls], steps)
+    assert lrs[:, 0].tolist() == pytest.approx([falls.lr(step) for step in steps], rel=1e-14, abs=1e-300)
+
+
 def test_past_its_end_a_schedule_is_in_its_first_cycle() -> None:
     line = Segment(4, Shape.LINEAR, (0.1, 0.5))
     schedules: list[Schedule | None] = [
@@ -288,7 +310,7 @@ def test_groups_that_share_a_schedule_share_its_rows() -> None:
     assert len(tables.parts) == 2
     assert tables.first_part.tolist() == [0, 0, 0, 1]
     assert tables.num_parts.tolist() == [1, 0, 1, 1]
-    assert (tables.max_parts, tables.max_segments, tables.max_unit_shift) == (1, 2, 2)
+    assert (tables.part_stride, tables.segment_stride, tables.max_unit_shift) == (0, 0, 2)
     assert tables.last_step == math.inf
 
 

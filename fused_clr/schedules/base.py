@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import warnings
 from abc import ABC, abstractmethod
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .compiled import NEVER
-from .parts import Part
+from .fields import END_OF_STEPS, checked_number
+from .parts import Part, Segment
 from .timeline import Timeline
 
 IntArray = NDArray[np.int64]
@@ -90,6 +92,29 @@ class Schedule(ABC):
             if first.momentum is not None:
                 return float(first.momentum[1]), float(first.momentum[0])
         raise ValueError(f"a schedule must drive the momentum to have momentum_bounds, got {self}")
+
+    @property
+    def end(self) -> float:
+        """The first step from which the schedule holds its last value; infinity if it goes on to the last step."""
+        last = self.timeline.parts[-1]
+        end = last.start + last.end
+        return end if end < END_OF_STEPS else math.inf
+
+    def scaled(self, factor: float) -> Schedule:
+        """The schedule with ``factor`` times the learning rate, and the same momentum.
+
+        Args:
+            factor: Finite and > 0.
+
+        Raises:
+            ValueError: ``factor`` is not allowed, or a learning rate would not be.
+
+        Example:
+            >>> from fused_clr.schedules import Linear
+            >>> Linear(0.0, 1.0, steps=4).scaled(0.5).lr(4)
+            0.5
+        """
+        return ScaledSchedule(self, factor)
 
     def last_step(self) -> float:
         """The last step at which a tabulated ``scale_fn`` has a value; infinity where nothing is tabulated."""
@@ -186,6 +211,43 @@ class Schedule(ABC):
         return {name: value for name, value in self.__dict__.items() if name != "timeline"}
 
 
+@dataclasses.dataclass(frozen=True)
+class ScaledSchedule(Schedule):
+    """What `Schedule.scaled` returns.
+
+    Attributes:
+        schedule: The schedule.
+        factor: What its learning rates are multiplied by.
+    """
+
+    schedule: Schedule
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(f"schedule must be a Schedule, got {self.schedule!r}")
+        factor = checked_number("factor", self.factor, "a finite number > 0", lambda x: x > 0)
+        object.__setattr__(self, "factor", factor)
+        try:
+            _ = self.timeline
+        except ValueError as error:
+            raise ValueError(f"factor={factor} makes a learning rate too large or too small: {error}") from None
+
+    def parts(self) -> tuple[Part, ...]:
+        """See `Schedule.parts`: those of the schedule, with other learning rates."""
+        return tuple(
+            part._replace(
+                segments=tuple(map(self._scaled, part.segments)),
+                scaling=part.scaling._replace(about_lr=part.scaling.about_lr * self.factor),
+            )
+            for part in self.schedule.parts()
+        )
+
+    def _scaled(self, segment: Segment) -> Segment:
+        first, last = segment.lr
+        return segment._replace(lr=(first * self.factor, last * self.factor))
+
+
 def function_name(function: Any) -> str:
     """The name of a ``scale_fn`` in messages and checkpoints."""
     return getattr(function, "__qualname__", None) or getattr(function, "__name__", None) or type(function).__name__
@@ -209,10 +271,13 @@ def _checked_step(step: Any) -> int:
 def _encode(value: Any, unsaved: list[str]) -> Any:
     if isinstance(value, tuple):
         return [_encode(item, unsaved) for item in value]
+    if isinstance(value, np.generic):
+        # ``torch.load(weights_only=True)`` refuses numpy's numbers.
+        return value.item()
     if not isinstance(value, Schedule):
         return value
     saved: dict[str, Any] = {"type": type(value).__name__}
-    for name in _field_names(type(value)):
+    for name in (field.name for field in _fields(type(value))):
         field = getattr(value, name)
         if name == "scale_fn" and field is not None:
             unsaved.append(function_name(field))
@@ -233,7 +298,7 @@ def _decode(value: Any, present: Any) -> Any:
             f"the 'type' of a saved schedule must be one of {sorted(_registry)}, got {kind!r}; import the module that "
             "defines it before loading"
         )
-    names = _field_names(_registry[kind])
+    names = [field.name for field in _fields(_registry[kind])]
     if set(value) != {"type", *names}:
         raise ValueError(f"a saved {kind} must have the keys {['type', *names]}, got {list(value)}")
     fields = {}
@@ -248,11 +313,13 @@ def _decode(value: Any, present: Any) -> Any:
             fields[name] = own
         else:
             fields[name] = _decode(value[name], own)
+    keywords = {field.name: fields.pop(field.name) for field in _fields(_registry[kind]) if field.kw_only}
     try:
-        return _registry[kind](**fields)
+        # By position where possible: an argument need not have the name of its field.
+        return _registry[kind](*fields.values(), **keywords)
     except TypeError as error:
         raise ValueError(f"a saved {kind} has a value of a wrong type: {error}") from error
 
 
-def _field_names(schedule_type: Callable[..., Schedule]) -> list[str]:
-    return [field.name for field in dataclasses.fields(schedule_type)]  # type: ignore[arg-type]
+def _fields(schedule_type: Callable[..., Schedule]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(schedule_type)  # type: ignore[arg-type]

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from .._checks import check_bool, check_integer, check_number_or_tensor
+from .._checks import check_bool, check_integer
 from .base import Schedule
-from .compiled import exact_units
+from .fields import set_lrs, set_momenta, set_steps
 from .parts import Part, Scaling, Segment, Shape
 
 MODES = ("triangular", "triangular2", "exp_range")
@@ -78,22 +76,12 @@ class Cyclic(Schedule):
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
-        for name in ("base_lr", "max_lr", "gamma"):
-            set_field(self, name, _checked(name, getattr(self, name), "a finite number >= 0", lambda x: x >= 0))
-        for name in ("base_momentum", "max_momentum"):
-            set_field(self, name, _checked(name, getattr(self, name), "a number in [0, 1)", lambda x: 0 <= x < 1))
+        # Gamma has their bounds.
+        set_lrs(self, "base_lr", "max_lr", "gamma")
+        set_momenta(self, "base_momentum", "max_momentum")
         if self.step_size_down is None:
             set_field(self, "step_size_down", self.step_size_up)
-        for name in ("step_size_up", "step_size_down"):
-            size = _checked(name, getattr(self, name), "a finite number of steps > 0", lambda x: x > 0)
-            set_field(self, name, int(size) if size.is_integer() else size)
-        try:
-            exact_units((self.step_size_up, self.step_size_down or 0))
-        except ValueError:
-            raise ValueError(
-                f"step_size_up={self.step_size_up} and step_size_down={self.step_size_down} are too large or too far "
-                "apart: as multiples of a power of two, their sum must stay below 2**62"
-            ) from None
+        set_steps(self, "step_size_up", "step_size_down")
         set_field(self, "cycle_momentum", check_bool("cycle_momentum", self.cycle_momentum))
         if self.scale_fn is None:
             if self.mode not in MODES:
@@ -111,9 +99,6 @@ class Cyclic(Schedule):
             raise ValueError(f"scale_fn must be callable or None, got {self.scale_fn!r}")
         elif self.scale_mode not in SCALE_MODES:
             raise ValueError(f"scale_mode must be one of {SCALE_MODES}, got {self.scale_mode!r}")
-        if not isinstance(self.cycle_momentum, (bool, np.bool_)):
-            raise ValueError(f"cycle_momentum must be True or False, got {self.cycle_momentum!r}")
-        set_field(self, "cycle_momentum", bool(self.cycle_momentum))
         if self.total_steps is not None:
             allowed = "an integer number of steps >= 1 or None"
             set_field(self, "total_steps", check_integer("total_steps", self.total_steps, allowed, lambda n: n >= 1))
@@ -136,9 +121,3 @@ class Cyclic(Schedule):
         up = Segment(self.step_size_up, Shape.LINEAR, lrs, momenta if self.cycle_momentum else None)
         down = Segment(self.step_size_down, Shape.LINEAR, lrs[::-1], momenta[::-1] if self.cycle_momentum else None)
         return (Part((up, down), repeats=True, scaling=scaling),)
-
-
-def _checked(name: str, value: Any, allowed: str, is_allowed: Callable[[float], bool]) -> float:
-    """A finite number, as a float; a tensor ``lr`` gives torch's CyclicLR bounds that are tensors of 1 element."""
-    number = check_number_or_tensor(name, value, allowed, lambda x: math.isfinite(x) and is_allowed(x))
-    return float(number)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
+import math
 from collections.abc import Iterable
-from typing import cast
+from itertools import accumulate
+from typing import Any, cast
 
+from .._checks import check_integer
 from .base import Schedule
 from .parts import Part
 
@@ -31,14 +33,16 @@ class ScheduleSequence(Schedule):
                 raise ValueError(f"schedules[{index}] must be a Schedule, got {schedule!r}")
         allowed = "strictly increasing integers > 0"
         try:
-            milestones = tuple(operator.index(milestone) for milestone in self.milestones)
-        except TypeError:
+            milestones = tuple(check_integer("", milestone, "", lambda n: n > 0) for milestone in self.milestones)
+        except (TypeError, ValueError):
             raise ValueError(f"milestones must be {allowed}, got {self.milestones!r}") from None
         if any(late <= early for early, late in zip((0, *milestones), milestones, strict=False)):
             raise ValueError(f"milestones must be {allowed}, got {milestones}")
         if len(milestones) != len(self.schedules) - 1:
             raise ValueError(f"milestones must be one fewer than the {len(self.schedules)} schedules, got {milestones}")
         object.__setattr__(self, "milestones", milestones)
+        # Raises an error where a milestone is beyond the last step.
+        _ = self.timeline
 
     def parts(self) -> tuple[Part, ...]:
         """See `Schedule.parts`: the parts of all schedules that start before the next milestone."""
@@ -52,16 +56,16 @@ class ScheduleSequence(Schedule):
         )
 
 
-def sequence(*schedules: Schedule, milestones: Iterable[int]) -> Schedule:
+def sequence(*schedules: Schedule, milestones: Iterable[int] | None = None) -> Schedule:
     """Schedules one after another, as `torch.optim.lr_scheduler.SequentialLR`.
 
-    A schedule that ends before its milestone holds its last value until then. Where a schedule does not drive the
-    momentum, the momentum is that of the param group.
+    A schedule that ends before its milestone holds its last value until then, and the last one for ever, also in
+    replays. Where a schedule does not drive the momentum, the momentum is that of the param group.
 
     Args:
         *schedules: At least one. Each begins with its own step 0; may be sequences themselves.
         milestones: The step at which each schedule but the first begins: strictly increasing, > 0, one fewer than
-            the schedules.
+            the schedules. None: each begins where the one before ends.
 
     Raises:
         ValueError: An argument is not what is stated above; the message names it.
@@ -74,5 +78,11 @@ def sequence(*schedules: Schedule, milestones: Iterable[int]) -> Schedule:
         >>> schedule.lr(4), schedule.lr(16), schedule.lr(56)
         (0.5, 0.01, 0.05)
     """
+    if milestones is None:
+        for index, schedule in enumerate(cast("tuple[Any, ...]", schedules[:-1])):
+            if isinstance(schedule, Schedule) and schedule.end == math.inf:
+                raise ValueError(f"milestones must be given, since schedules[{index}] has no end: {schedule}")
+        # Lazy: the constructor checks the schedules first.
+        milestones = accumulate(int(schedule.end) for schedule in schedules[:-1])
     # The constructor checks the milestones and makes them a tuple.
     return ScheduleSequence(schedules, cast("tuple[int, ...]", milestones))

@@ -11,7 +11,6 @@ import pickle
 import random
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.optim.lr_scheduler import CyclicLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import CyclicLR
 
 import fused_clr.schedules
 from fused_clr.reference import exact_lr, exact_momentum
@@ -234,23 +233,6 @@ def test_sequences_nest() -> None:
     # A part that would begin at or after the next milestone is never reached.
     assert sequence(inner, d, milestones=[10]).parts() == sequence(b, d, milestones=[10]).parts()
     assert sequence(a, milestones=()).parts() == a.parts()
-
-
-def test_torch_sequential() -> None:
-    lr = 0.02
-    schedule = sequence(
-        once(Segment(20, Shape.LINEAR, (lr / 10, lr))), once(Segment(99, Shape.LINEAR, (lr, 0.0))), milestones=[20]
-    )
-
-    def make(optimizer: torch.optim.Optimizer) -> SequentialLR:
-        schedulers = [LinearLR(optimizer, 0.1, 1.0, 20), LinearLR(optimizer, 1.0, 0.0, 99)]
-        return SequentialLR(optimizer, schedulers, milestones=[20])
-
-    with warnings.catch_warnings():
-        # Torch's own, of the step that it does within.
-        warnings.simplefilter("ignore")
-        for step, expected, _ in torch_values((schedule, make, 130)):
-            assert schedule.lr(step) == pytest.approx(expected, rel=1e-12, abs=1e-16)
 
 
 @pytest.mark.parametrize(

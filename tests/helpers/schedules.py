@@ -5,14 +5,35 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
+import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from fused_clr.schedules import Cyclic, Part, Scaling, Schedule, Segment, Shape
+from fused_clr.schedules import (
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Cyclic,
+    Exponential,
+    InverseSqrt,
+    Linear,
+    OneCycle,
+    Part,
+    Polynomial,
+    Scaling,
+    Schedule,
+    Segment,
+    Shape,
+    WarmupStableDecay,
+    sequence,
+    warmup,
+)
 
 LAST_STEP = 2**53 - 1
 # A rounding each in the difference, the quotient and the product, each up to an ulp, and half an ulp in the sum.
@@ -123,40 +144,39 @@ def waning(x: float) -> float:
     return 1 / (1 + 0.01 * x)
 
 
-# -- torch's schedulers ------------------------------------------------------------------------------------------------
+# -- torch's schedulers, and transformers' where torch has none -------------------------------------------------------
 PEER_LR = 0.02
-PEER_STEPS = 230
+PEER_STEPS = 120
 
 Peer = tuple[Schedule, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], int]
 
 
 def torch_peers() -> dict[str, Peer]:
-    """Schedule, torch's scheduler, and the last step at which they are to agree."""
+    """Schedule, its peer, and the last step at which they are to agree."""
     lr, last = PEER_LR, PEER_STEPS
     gamma = 0.97
     peers: dict[str, Peer] = {
-        "LinearLR": (
-            once(Segment(50, Shape.LINEAR, (lr / 10, lr))),
-            lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 50),
+        "ConstantLR": (
+            sequence(Constant(0.3 * lr), Constant(lr), milestones=[7]),
+            lambda o: lr_scheduler.ConstantLR(o, 0.3, 7),
             last,
         ),
-        "PolynomialLR": (
-            once(Segment(100, Shape.POLYNOMIAL, (lr, 0.0), power=2.0)),
-            lambda o: lr_scheduler.PolynomialLR(o, 100, 2.0),
-            last,
-        ),
-        "CosineAnnealingLR": (
-            once(Segment(last, Shape.COSINE, (lr, 1e-3))),
-            lambda o: lr_scheduler.CosineAnnealingLR(o, last, 1e-3),
-            last,
-        ),
+        "LinearLR": (Linear(lr / 10, lr, 50), lambda o: lr_scheduler.LinearLR(o, 0.1, 1.0, 50), last),
+        "PolynomialLR": (Polynomial(lr, 0.0, 100, 2.0), lambda o: lr_scheduler.PolynomialLR(o, 100, 2.0), last),
+        "PolynomialLR-half": (Polynomial(lr, 0.0, 100, 0.5), lambda o: lr_scheduler.PolynomialLR(o, 100, 0.5), last),
+        "CosineAnnealingLR": (Cosine(lr, 1e-3, last), lambda o: lr_scheduler.CosineAnnealingLR(o, last, 1e-3), last),
         "CosineAnnealingWarmRestarts": (
-            repeated(Segment(60, Shape.COSINE, (lr, 1e-3))),
+            CosineRestarts(lr, 60, eta_min=1e-3),
             lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 60, eta_min=1e-3),
             last,
         ),
+        "CosineAnnealingWarmRestarts-longer": (
+            CosineRestarts(lr, 7, 2, 1e-3),
+            lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 7, 2, 1e-3),
+            last,
+        ),
         "ExponentialLR": (
-            once(Segment(last, Shape.EXPONENTIAL, (lr, lr * gamma**last))),
+            Exponential(lr, lr * gamma**last, last),
             lambda o: lr_scheduler.ExponentialLR(o, gamma),
             last,
         ),
@@ -170,24 +190,33 @@ def torch_peers() -> dict[str, Peer]:
             lambda o: lr_scheduler.StepLR(o, 30, 0.1),
             last,
         ),
-        "OneCycleLR": (
-            once(
-                Segment(0.3 * last - 1, Shape.COSINE, (lr / 25, lr), (0.95, 0.85)),
-                Segment(0.7 * last, Shape.COSINE, (lr, lr / 25 / 1e4), (0.85, 0.95)),
-            ),
-            lambda o: lr_scheduler.OneCycleLR(o, lr, last),
-            last - 1,
+        "OneCycleLR": one_cycle_peer(),
+        "OneCycleLR-linear": one_cycle_peer(anneal_strategy="linear", pct_start=0.123, cycle_momentum=False),
+        "OneCycleLR-three-phases": one_cycle_peer(anneal_strategy="linear", three_phase=True),
+        "OneCycleLR-three-phases-cos": one_cycle_peer(
+            pct_start=0.41, three_phase=True, base_momentum=0.7, max_momentum=0.9, div_factor=7.0, final_div_factor=30.0
         ),
-        "OneCycleLR-three-phases": (
-            once(
-                Segment(0.3 * last - 1, Shape.LINEAR, (lr / 25, lr), (0.95, 0.85)),
-                Segment(0.3 * last - 1, Shape.LINEAR, (lr, lr / 25), (0.85, 0.95)),
-                Segment(last - 1 - 2 * (0.3 * last - 1), Shape.LINEAR, (lr / 25, lr / 25 / 1e4), (0.95, 0.95)),
+        "SequentialLR": (
+            warmup(20, then=Cosine(lr, 1e-4, 100), start_factor=0.1),
+            lambda o: lr_scheduler.SequentialLR(
+                o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 20), lr_scheduler.CosineAnnealingLR(o, 100, 1e-4)], [20]
             ),
-            lambda o: lr_scheduler.OneCycleLR(o, lr, last, anneal_strategy="linear", three_phase=True),
-            last - 1,
+            last,
+        ),
+        "get_inverse_sqrt_schedule": (
+            InverseSqrt(lr, 40),
+            lambda o: transformers_schedule("get_inverse_sqrt_schedule", o, num_warmup_steps=40),
+            last,
         ),
     }
+    for decay in ("1-sqrt", "linear", "cosine"):
+        peers[f"get_wsd_schedule-{decay}"] = (
+            WarmupStableDecay(lr, 20, 35, 50, decay),
+            lambda o, decay=decay: transformers_schedule(  # type: ignore[misc]
+                "get_wsd_schedule", o, num_warmup_steps=20, num_stable_steps=35, num_decay_steps=50, decay_type=decay
+            ),
+            last,
+        )
     for mode in ("triangular", "triangular2", "exp_range"):
         for sizes in ((7, 4), (2.5, 3.25)):
             peers[f"CyclicLR-{mode}-{sizes[0]}-{sizes[1]}"] = cyclic_peer(*sizes, mode=mode, gamma=gamma)
@@ -203,14 +232,36 @@ def cyclic_peer(up: float, down: float, **arguments: Any) -> Peer:
     )
 
 
+def one_cycle_peer(**arguments: Any) -> Peer:
+    return (
+        OneCycle(PEER_LR, PEER_STEPS, **arguments),
+        lambda optimizer: lr_scheduler.OneCycleLR(optimizer, PEER_LR, PEER_STEPS, **arguments),
+        PEER_STEPS - 1,
+    )
+
+
+def transformers_schedule(name: str, optimizer: torch.optim.Optimizer, **arguments: Any) -> lr_scheduler.LRScheduler:
+    return getattr(pytest.importorskip("transformers.optimization"), name)(optimizer, **arguments)
+
+
 def torch_values(peer: Peer) -> Iterator[tuple[int, float, float]]:
     """Step, learning rate and beta1 of torch's scheduler."""
     _, make, last = peer
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))], lr=PEER_LR)
-    scheduler = make(optimizer)
+    with quiet():
+        scheduler = make(optimizer)
     optimizer.step()
     for step in range(last + 1):
         group = optimizer.param_groups[0]
         yield step, group["lr"], group["betas"][0]
         if step < last:
-            scheduler.step()
+            with quiet():
+                scheduler.step()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings that torch's SequentialLR gives of its own calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

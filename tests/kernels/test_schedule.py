@@ -381,12 +381,14 @@ def test_triton_functions() -> None:
 
 # -- torch's schedulers ------------------------------------------------------------------------------------------------
 def test_torch_peers() -> None:
+    # Every step of them: tests/parity/test_schedules.py.
     peers = torch_peers()
-    steps = list(range(max(last for _, _, last in peers.values()) + 1))
+    steps = [0, 1, 6, 7, 8, 20, 30, 35, 40, 55, 60, 61, 80, 100, 104, 105, 118]
     lrs, momenta, _ = from_kernel([schedule for schedule, _, _ in peers.values()], steps)
     for column, (name, peer) in enumerate(peers.items()):
         for step, lr, beta1 in torch_values(peer):
-            # Near 0, torch's recursions leave what they have cancelled.
-            assert lrs[step, column] == pytest.approx(lr, rel=1e-12, abs=1e-16), name
-            if peer[0].drives_momentum:
-                assert momenta[step, column] == pytest.approx(beta1, rel=1e-12), name
+            if step in steps:
+                # Near 0, torch's recursions leave what they have cancelled.
+                assert lrs[steps.index(step), column] == pytest.approx(lr, rel=1e-12, abs=1e-16), name
+                if peer[0].drives_momentum:
+                    assert momenta[steps.index(step), column] == pytest.approx(beta1, rel=1e-12), name

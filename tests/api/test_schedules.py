@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CyclicLR
 
 import fused_clr.schedules
 from fused_clr.reference import exact_lr, exact_momentum
-from fused_clr.schedules import Cyclic, Part, Scaling, Schedule, Segment, Shape, sequence
+from fused_clr.schedules import Cyclic, OneCycle, Part, Scaling, Schedule, Segment, Shape, sequence
 
 from ..helpers.schedules import (
     CYCLIC,
@@ -32,11 +32,14 @@ from ..helpers.schedules import (
     Given,
     assert_within_ulps,
     edge_steps,
+    exact_one_cycle,
+    families,
     halving,
     once,
     progress_of,
     repeated,
     shape_segments,
+    steps_of,
     torch_peers,
     torch_values,
     waning,
@@ -130,6 +133,15 @@ def test_torch_peers(name: str) -> None:
         assert peer[0].lr(step) == pytest.approx(lr, rel=1e-12, abs=1e-16)
         if peer[0].drives_momentum:
             assert peer[0].momentum(step) == pytest.approx(beta1, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", families())
+def test_families_in_exact_arithmetic(name: str) -> None:
+    schedule, exact = families()[name]
+    for step in steps_of(schedule):
+        assert schedule.lr(step) == pytest.approx(float(exact(step)), rel=1e-14, abs=1e-40), step
+        if isinstance(schedule, OneCycle):
+            assert schedule.momentum(step) == pytest.approx(float(exact_one_cycle(schedule, step)[1]), rel=1e-14)
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)

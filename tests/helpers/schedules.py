@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from mpmath import MPContext
 from torch.optim import lr_scheduler
 
 from fused_clr.schedules import (
@@ -133,6 +134,119 @@ def assert_within_ulps(actual: float, exact: Fraction | float, ulp_of: float | N
     assert abs(Fraction(actual) - Fraction(exact)) <= ulps * ulp, (
         f"{actual!r} is {float((Fraction(actual) - Fraction(exact)) / ulp):.2f} ulp off {float(exact)!r}"
     )
+
+
+# -- formulas in exact arithmetic --------------------------------------------------------------------------------------
+mp = MPContext()
+mp.dps = 60
+
+
+def line(x: Any) -> Any:
+    return x
+
+
+def wave(x: Any) -> Any:
+    return (1 - mp.cos(mp.pi * x)) / 2
+
+
+def between(first: Any, last: Any, x: Any, curve: Callable[[Any], Any] = line) -> Any:
+    """``first`` at progress 0, ``last`` at progress 1 and after it."""
+    return first + (last - first) * curve(mp.mpf(min(x, 1).numerator) / min(x, 1).denominator)
+
+
+def exact_one_cycle(schedule: OneCycle, step: int) -> tuple[Any, Any]:
+    """Learning rate and momentum, as in the docstring of `OneCycle`."""
+    curve = wave if schedule.anneal_strategy == "cos" else line
+    rise = Fraction(schedule.pct_start) * schedule.total_steps - 1
+    initial = mp.mpf(schedule.max_lr) / schedule.div_factor
+    low, high = mp.mpf(schedule.base_momentum), mp.mpf(schedule.max_momentum)
+    if step <= rise:
+        x = step / rise
+        return between(initial, schedule.max_lr, x, curve), between(high, low, x, curve)
+    last = initial / schedule.final_div_factor
+    if not schedule.three_phase:
+        x = (step - rise) / (schedule.total_steps - 1 - rise)
+        return between(schedule.max_lr, last, x, curve), between(low, high, x, curve)
+    if step <= 2 * rise:
+        x = (step - rise) / rise
+        return between(schedule.max_lr, initial, x, curve), between(low, high, x, curve)
+    return between(initial, last, (step - 2 * rise) / (schedule.total_steps - 1 - 2 * rise), curve), high
+
+
+def exact_restarts(schedule: CosineRestarts, step: int) -> Any:
+    if schedule.T_mult == 1:
+        length, step = schedule.T_0, step % schedule.T_0
+    else:
+        length = schedule.T_0
+        while step >= length:
+            step, length = step - length, length * schedule.T_mult
+    return between(mp.mpf(schedule.max_lr), mp.mpf(schedule.eta_min), Fraction(step, length), wave)
+
+
+def exact_wsd(schedule: WarmupStableDecay, step: int) -> Any:
+    peak, final = mp.mpf(schedule.peak_lr), mp.mpf(schedule.final_lr)
+    curve = {"1-sqrt": mp.sqrt, "linear": line, "cosine": wave}[schedule.decay]
+    decaying = Fraction(step - schedule.warmup_steps - schedule.stable_steps)
+    if decaying >= 0:
+        return between(peak, final, decaying / Fraction(schedule.decay_steps), curve)
+    return between(mp.mpf(0), peak, Fraction(step) / Fraction(schedule.warmup_steps))
+
+
+def families() -> dict[str, tuple[Schedule, Callable[[int], Any]]]:
+    """Every family with its formula; most are as long as there are schedule steps."""
+    high, low, end = mp.mpf(0.3), mp.mpf(1e-4), LAST_STEP
+    ramps: dict[str, tuple[type[Any], Callable[[Any], Any], tuple[Any, ...]]] = {
+        "linear": (Linear, line, ()),
+        "cosine": (Cosine, wave, ()),
+        "polynomial": (Polynomial, lambda x: 1 - (1 - x) ** mp.mpf(2.5), (2.5,)),
+        "polynomial-half": (Polynomial, lambda x: 1 - mp.sqrt(1 - x), (0.5,)),
+    }
+    found: dict[str, tuple[Schedule, Callable[[int], Any]]] = {"constant": (Constant(0.3), lambda step: high)}
+    for name, (family, curve, arguments) in ramps.items():
+        for ends in ((high, mp.mpf(0)), (low, high)):
+            for steps in (end, 1000, 12.75):
+                found[f"{name}-{float(ends[0])}-{steps}"] = (
+                    family(float(ends[0]), float(ends[1]), steps, *arguments),
+                    lambda step, curve=curve, ends=ends, steps=steps: between(
+                        *ends, Fraction(step) / Fraction(steps), curve
+                    ),
+                )
+    for first, last in ((high, low), (low, high)):
+        found[f"exponential-{float(first)}"] = (
+            Exponential(float(first), float(last), end - 5),
+            lambda step, ends=(first, last): ends[0] * (ends[1] / ends[0]) ** (mp.mpf(min(step, end - 5)) / (end - 5)),
+        )
+    for own in (
+        OneCycle(0.3, end, 0.25),
+        OneCycle(0.3, 1001),
+        OneCycle(0.3, end, 0.25, "linear", three_phase=True),
+        OneCycle(0.3, 997, 0.1234, "linear", final_div_factor=1e9),
+    ):
+        found[f"one-cycle-{len(found)}"] = (own, lambda step, own=own: exact_one_cycle(own, step)[0])
+    for restarts in (CosineRestarts(0.3, 7, 1, 1e-4), CosineRestarts(0.3, 3, 2), CosineRestarts(0.3, 1, 13, 1e-4)):
+        found[f"restarts-{restarts.T_mult}"] = (restarts, lambda step, own=restarts: exact_restarts(own, step))
+    for warmup_steps in (1, 4000, 2**52):
+        found[f"inverse-sqrt-{warmup_steps}"] = (
+            InverseSqrt(0.3, warmup_steps),
+            lambda step, w=warmup_steps: high * (mp.sqrt(mp.mpf(w) / step) if step > w else mp.mpf(step) / w),
+        )
+    for decay in ("1-sqrt", "linear", "cosine"):
+        for final_lr, sizes in ((0.0, (2**51, 2**50, 2**52)), (1e-4, (10.5, 1000, 1000.25))):
+            wsd = WarmupStableDecay(0.3, *sizes, decay=decay, final_lr=final_lr)
+            found[f"wsd-{decay}-{final_lr}"] = (wsd, lambda step, own=wsd: exact_wsd(own, step))
+    return found
+
+
+def steps_of(schedule: Schedule) -> list[int]:
+    """The ends of all segments, their neighbours, and random steps."""
+    rng = random.Random(0)
+    steps = {0, 1, 2, LAST_STEP - 1, LAST_STEP, *(rng.randrange(2 ** rng.randrange(1, 54)) for _ in range(12))}
+    for part in schedule.parts():
+        edge = Fraction(part.start)
+        for segment in part.segments[-6:] if part.segments[8:] else part.segments:
+            edge += Fraction(segment.steps)
+            steps |= {int(edge) - 1, int(edge), int(edge) + 1, int(edge - Fraction(segment.steps) / 3)}
+    return sorted(step for step in steps if 0 <= step <= LAST_STEP)
 
 
 # -- scale functions ---------------------------------------------------------------------------------------------------

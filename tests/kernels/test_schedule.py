@@ -25,10 +25,12 @@ from ..helpers.schedules import (
     Given,
     assert_within_ulps,
     edge_steps,
+    families,
     halving,
     once,
     repeated,
     shape_segments,
+    steps_of,
     torch_peers,
     torch_values,
     waning,
@@ -173,6 +175,15 @@ def test_late_steps_of_lines_in_a_sequence() -> None:
     for row, step in enumerate(steps):
         assert_within_ulps(lrs[row, 0], exact_lr(schedule, step))
         assert_within_ulps(momenta[row, 0], exact_momentum(schedule, step), ulp_of=0.9)
+
+
+def test_families_in_exact_arithmetic() -> None:
+    schedules = families()
+    steps = [*sorted({step for schedule, _ in schedules.values() for step in steps_of(schedule)})[::9], LAST_STEP]
+    lrs, _, _ = from_kernel([schedule for schedule, _ in schedules.values()], steps)
+    for column, (name, (_, exact)) in enumerate(schedules.items()):
+        for row, step in enumerate(steps):
+            assert lrs[row, column] == pytest.approx(float(exact(step)), rel=1e-12, abs=1e-40), (name, step)
 
 
 def test_powers_of_half_are_exact() -> None:

@@ -266,6 +266,12 @@ def test_all_mixed() -> None:
     assert_equals_host(schedules[::-1], steps[::4])
 
 
+def test_curves_that_are_scaled_about_more_than_their_largest_value() -> None:
+    shapes = shape_segments()
+    schedules = [repeated(*shapes[name], factor=0.9, about_lr=0.6) for name in ("exponential", "inverse-sqrt")]
+    assert_equals_host(schedules, list(range(0, 120, 7)))
+
+
 def test_the_end_of_a_part_whose_units_are_tiny() -> None:
     schedules: list[Schedule | None] = [
         once(Segment(steps, Shape.LINEAR, (0.1, 0.5))) for steps in (2.0**-60, 2.0**-1070, 1 + 2.0**-50, 2.5)
@@ -280,17 +286,18 @@ def test_a_jump_between_segments() -> None:
 
 
 def test_long_searches() -> None:
-    # Of different lengths side by side: the strides are those of the longest.
     counts = [*range(1, 10), 54]
     segments = [[Segment(2, Shape.CONSTANT, (i / 64, i / 64)) for i in range(count)] for count in counts]
     schedules: list[Schedule | None] = [once(*own) for own in segments]
     schedules += [sequence(*map(once, own), milestones=range(2, 2 * len(own), 2)) for own in segments]
+    expected = [[min(step // 2, count - 1) / 64 for step in range(110)] for count in counts * 2]
+    # Side by side, the strides are those of the longest.
     tables = encode_schedules(schedules)
     assert (tables.part_stride, tables.segment_stride) == (32, 32)
-    steps = list(range(110))
-    lrs, _, _ = from_kernel(schedules, steps)
-    for column, count in enumerate(counts * 2):
-        assert lrs[:, column].tolist() == [min(step // 2, count - 1) / 64 for step in steps]
+    assert from_kernel(schedules, list(range(110))).lr.T.tolist() == expected
+    for schedule, values in zip(schedules, expected, strict=True):
+        steps = [0, 3, 5, 9, 13, 17, 106]
+        assert from_kernel([schedule], steps).lr[:, 0].tolist() == [values[step] for step in steps]
 
 
 @pytest.mark.parametrize("power", [0.5, 1.5, 3.0, 40.0])

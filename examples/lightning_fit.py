@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--folder", type=Path, default=Path("out/lightning"))
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps must be 1 or more, got {arguments.steps}")
 
     lightning.seed_everything(0, verbose=False)
     inputs = torch.randn(256, 8)

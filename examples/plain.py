@@ -41,6 +41,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=50)
     parser.add_argument("--folder", type=Path, default=Path("out/plain"))
     arguments = parser.parse_args()
+    for option in ("steps", "save_every"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} must be 1 or more, got {getattr(arguments, option)}")
     arguments.folder.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)
@@ -91,7 +94,7 @@ def main() -> None:
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
-    print(f"step {arguments.steps}, lr {scheduler.get_last_lr()[0]:.6g}")
+    print(f"step {max(first, arguments.steps)}, lr {scheduler.get_last_lr()[0]:.6g}")
 
 
 def make_summary_writer(folder: Path) -> Any:

@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--folder", type=Path, default=Path("out/trainer"))
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps must be 1 or more, got {arguments.steps}")
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ from fused_clr.schedules.cyclic import MAX_LOG_AMPLITUDE
 # One float64 for each step is held in memory and drawn.
 MOST_STEPS = 10_000_000
 
-# What the commands import beyond the package's own dependencies.
-OPTIONAL_MODULES = {"matplotlib", "sklearn", "tqdm"}
+# The largest seed that torch's generators take.
+MAX_SEED = 2**64 - 1
+
+# What the commands import beyond the package's own dependencies, and the packages that have it.
+OPTIONAL_MODULES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command-line arguments after the program's name; None: those of the process.
 
     Returns:
-        The exit code: 0, or 1 with a message when a needed package is missing or a file cannot be written.
+        The exit code: 0; 1 with a message when a needed package is missing or the output cannot be written; 130 when
+        interrupted.
 
     Raises:
         SystemExit: With code 2 and a message that names the argument, when one is wrong.
@@ -37,33 +42,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["plot", "--mode", "triangular2", "--step-size-up", "500", "--out", "out/curve.png"])  # doctest: +SKIP
         0
     """
-    options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        try:
+            options = _parser().parse_args(arguments)
+            options.run(options)
+        finally:
+            # Here, where an error can still be reported.
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module not in OPTIONAL_MODULES:
             raise
-        print(f"fused-clr: {module} is not installed; pip install 'fused-clr[{options.extra}]'", file=sys.stderr)
+        print(f"fused-clr: {module} is not installed; pip install {options.packages}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"fused-clr: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"fused-clr: cannot write {error.filename or 'the output'}: {error.strerror or error}", file=sys.stderr)
+        _drop_output()
         return 1
     return 0
 
 
+def _drop_output() -> None:
+    """Python flushes again when it ends: what stdout could not take goes nowhere, and no second error is printed."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _parser() -> argparse.ArgumentParser:
+    count, seed = _whole_number(1, MOST_STEPS), _whole_number(0, MAX_SEED)
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="fused-clr", description="Adam and the cyclical learning rate in one launch.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="torch's Adam and CyclicLR against ours", formatter_class=formatter)
     demo.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
-    demo.add_argument("--schedule-epochs", type=_count, default=79, help="classic example: epochs of 17,000 steps")
-    demo.add_argument("--epochs", type=_count, default=48, help="training: passes over the digits")
-    demo.add_argument("--seed", type=int, default=0, help="training: first weights and order of the digits")
+    demo.add_argument(
+        "--schedule-epochs",
+        type=count,
+        default=79,
+        help="classic example: epochs of 17,000 steps",
+    )
+    demo.add_argument("--epochs", type=count, default=48, help="training: passes over the digits")
+    demo.add_argument("--seed", type=seed, default=0, help="training: first weights and order of the digits")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
-    demo.set_defaults(run=_run_demo, extra="demo")
+    demo.set_defaults(run=_run_demo, packages=" ".join(OPTIONAL_MODULES.values()))
 
     plot = commands.add_parser("plot", help="draw a schedule", formatter_class=formatter)
     plot.add_argument("--mode", choices=("triangular", "triangular2", "exp_range"), default="triangular", help="shape")
@@ -75,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--cycle-momentum", action="store_true", help="draw the momentum (Adam's beta1) too")
     plot.add_argument("--base-momentum", type=float, default=0.8, help="momentum at max learning rate")
     plot.add_argument("--max-momentum", type=float, default=0.9, help="momentum at base learning rate")
-    plot.add_argument("--steps", type=_count, default=12_000, help=f"steps to draw, at most {MOST_STEPS:,}")
+    plot.add_argument("--steps", type=count, default=12_000, help=f"steps to draw, at most {MOST_STEPS:,}")
     plot.add_argument("--out", type=_picture, default=Path("out/schedule.png"), help="picture to write")
-    plot.set_defaults(run=_run_plot, extra="plot", error=plot.error)
+    plot.set_defaults(run=_run_plot, packages="matplotlib", error=plot.error)
     return parser
 
 
@@ -114,10 +140,15 @@ def _run_plot(options: argparse.Namespace) -> None:
     print(f"{options.steps:,} steps drawn to {options.out}")
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_STEPS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_STEPS:,}")
-    return int(text)
+def _whole_number(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        # Not over the length of `most`: Python refuses to convert thousands of digits.
+        is_number = text.isascii() and text.isdigit() and len(text) <= len(str(most))
+        if not (is_number and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most:,}")
+        return int(text)
+
+    return parse
 
 
 def _device(text: str) -> torch.device:
@@ -136,6 +167,6 @@ def _device(text: str) -> torch.device:
 
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".pdf", ".png", ".svg"):
+    if path.suffix.lower() not in (".pdf", ".png", ".svg"):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .svg or .pdf")
     return path

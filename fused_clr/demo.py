@@ -48,6 +48,8 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
         epochs: Passes over the training digits.
         seed: Seed of the initial weights and of the order of the digits.
     """
+    # First: a folder that cannot be made is no news for the end.
+    out.mkdir(parents=True, exist_ok=True)
     curve, curve_difference = classic_curve(schedule_epochs * CLASSIC_EPOCH)
     figure = plotting.schedule_figure(curve, None, f"The classic example: triangular2 over {len(curve):,} steps")
     plotting.save(figure, out / "classic.png")

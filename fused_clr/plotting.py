@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Protocol
 
@@ -86,9 +87,20 @@ def training_figure(torch_run: Training, our_run: Training, title: str) -> Figur
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes ``figure`` to ``path``; creates its folder if needed."""
+    """Writes ``figure`` to ``path``; creates its folder if needed.
+
+    Raises:
+        OSError: That is not possible; ``filename`` is set.
+    """
+    # Drawn in memory: on a full disk matplotlib raises errors of other kinds.
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    try:
+        path.write_bytes(picture.getvalue())
+    except OSError as error:
+        # Only opening a file names it in the error.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _figure(width: float, height: float) -> Figure:

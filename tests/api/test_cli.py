@@ -1,9 +1,12 @@
 """The command line: what it writes, what it says, and how it fails."""
 
+import os
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.image import imread
 
 import fused_clr
@@ -67,6 +70,9 @@ def test_plot_draws_what_was_asked(tmp_path):
         (["demo", "--epochs", "-1"], "--epochs"),
         (["demo", "--schedule-epochs", "none"], "--schedule-epochs"),
         (["demo", "--seed", "x"], "--seed"),
+        (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "--seed", "99999999999999999999"], "--seed"),
+        (["demo", "--seed", "9" * 5000], "--seed"),
         (["demo", "--device", "abacus"], "--device"),
         (["demo", "--device", "cuda:99"], "--device"),
         (["demo", "--device", "meta"], "--device"),
@@ -83,31 +89,94 @@ def test_bad_argument_is_named(arguments, named, capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "extra"),
+    ("command", "module", "packages"),
     [
-        ("plot", "matplotlib", "plot"),
-        ("demo", "matplotlib", "demo"),
-        ("demo", "sklearn", "demo"),
-        ("demo", "tqdm", "demo"),
+        ("plot", "matplotlib", "matplotlib"),
+        ("demo", "matplotlib", "matplotlib scikit-learn tqdm"),
+        ("demo", "sklearn", "matplotlib scikit-learn tqdm"),
+        ("demo", "tqdm", "matplotlib scikit-learn tqdm"),
     ],
 )
-def test_missing_package_names_the_extra(command, module, extra, capsys, monkeypatch):
+def test_missing_package_names_what_to_install(command, module, packages, capsys, monkeypatch):
     # As on a machine without it: not even what this process imported from it earlier can be found.
     for loaded in [name for name in sys.modules if name.partition(".")[0] == module] + [module]:
         monkeypatch.setitem(sys.modules, loaded, None)
-    for ours in ("demo", "_plots"):
+    for ours in ("demo", "plotting"):
         monkeypatch.delitem(sys.modules, f"fused_clr.{ours}", raising=False)
         monkeypatch.delattr(fused_clr, ours, raising=False)
     assert cli.main([command]) == 1
-    message = capsys.readouterr().err
-    assert module in message
-    assert f"fused-clr[{extra}]" in message
+    # The package itself may be a checkout that no index has.
+    assert capsys.readouterr().err == f"fused-clr: {module} is not installed; pip install {packages}\n"
 
 
-def test_unwritable_picture_is_named(tmp_path, capsys):
+def test_every_seed_that_the_parser_takes_is_one_for_torch(capsys):
+    options = cli._parser().parse_args(["demo", "--seed", str(2**64 - 1)])
+    torch.Generator().manual_seed(options.seed)
+
+
+@pytest.mark.parametrize("command", ["plot", "demo"])
+def test_a_folder_that_cannot_be_made_is_named(command, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert cli.main(["plot", "--out", str(tmp_path / "file" / "curve.png")]) == 1
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    folder = tmp_path / "file" / "below"
+    assert cli.main([command, "--out", str(folder / "curve.png" if command == "plot" else folder)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"fused-clr: cannot write {tmp_path / 'file'}")
+    assert message.count("\n") == 1
+
+
+def test_a_picture_in_the_place_of_a_folder_is_named(tmp_path, capsys):
+    out = tmp_path / "folder.png"
+    out.mkdir()
+    assert cli.main(["plot", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"fused-clr: cannot write {out}: Is a directory\n"
+
+
+def test_suffixes_in_capitals(tmp_path):
+    out = tmp_path / "curve.PNG"
+    assert cli.main(["plot", "--steps", "10", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_full_disk_is_named(suffix, tmp_path, capsys):
+    out = tmp_path / f"curve.{suffix}"
+    out.symlink_to("/dev/full")
+    assert cli.main(["plot", "--steps", "10", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"fused-clr: cannot write {out}: No space left on device\n"
+
+
+def full_disk():
+    return open("/dev/full", "w")
+
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("stdout", "reason"), [(full_disk, "No space left on device"), (broken_pipe, "Broken pipe")], ids=["full", "pipe"]
+)
+@pytest.mark.parametrize("command", ["plot", "--help"])
+def test_output_that_nobody_takes_is_one_line_and_an_exit_code(command, stdout, reason, tmp_path, capsys, monkeypatch):
+    options = ["--steps", "10", "--out", str(tmp_path / "curve.png")] if command == "plot" else []
+    # Closing it flushes once more, as Python does when it ends.
+    with stdout() as taken:
+        monkeypatch.setattr(sys, "stdout", taken)
+        assert cli.main([command, *options]) == 1
+    assert capsys.readouterr().err == f"fused-clr: cannot write the output: {reason}\n"
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(capsys, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run_plot", interrupted)
+    assert cli.main(["plot"]) == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_module_runs_the_command_line(capsys, monkeypatch):

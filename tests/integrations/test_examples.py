@@ -54,6 +54,21 @@ def test_no_example_is_left_out() -> None:
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == EXAMPLES
 
 
+@pytest.mark.parametrize(
+    ("name", "option"), [*((name, "--steps") for name in sorted(EXAMPLES)), ("plain", "--save-every")]
+)
+@pytest.mark.parametrize("number", ["0", "-5", "ten"])
+def test_numbers_that_mean_nothing_are_named(
+    name: str, option: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        run_here(name, option, number)
+    assert leaving.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert option in message
+    assert number in message
+
+
 def weights(folder: Path) -> list[torch.Tensor]:
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     state = checkpoint["optimizer"]["state"]
@@ -70,6 +85,8 @@ def test_plain_goes_on_where_a_finished_run_ended(tmp_path: Path) -> None:
     run_here("plain", "--steps", 50, "--folder", tmp_path / "halves")
     assert run_here("plain", "--steps", 100, "--folder", tmp_path / "halves").startswith("resumed at step 50")
     assert_same_weights(tmp_path / "halves", tmp_path / "straight")
+    # Nothing is left to do: it says where it is, not where it was asked to go.
+    assert "\nstep 100, " in run_here("plain", "--steps", 50, "--folder", tmp_path / "halves")
 
 
 def test_plain_resumes_bit_for_bit_in_a_new_process_when_it_was_killed(tmp_path: Path) -> None:

@@ -27,13 +27,16 @@ def hooks_wanted(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def call_with_hooks(step: Callable[..., Any], optimizer: torch.optim.Optimizer, args: tuple[Any, ...]) -> Any:
-    """Calls ``step(*args)`` as `torch.optim.Optimizer.profile_hook_step` would.
+def call_with_hooks(
+    step: Callable[..., Any], optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls ``step(*args, **kwargs)`` as `torch.optim.Optimizer.profile_hook_step` would.
 
     Args:
         step: Takes the optimizer and the user's arguments of ``optimizer.step``.
         optimizer: The optimizer.
-        args: The optimizer and the user's arguments; pre-hooks may replace them.
+        args: The optimizer and the user's positional arguments; pre-hooks may replace them.
+        kwargs: The user's keyword arguments; likewise.
 
     Returns:
         What ``step`` returned.
@@ -41,7 +44,6 @@ def call_with_hooks(step: Callable[..., Any], optimizer: torch.optim.Optimizer, 
     Raises:
         RuntimeError: A pre-hook returned something other than None or (new_args, new_kwargs).
     """
-    kwargs: dict[str, Any] = {}
     with record_function(f"Optimizer.step#{type(optimizer).__name__}.step"):
         pre_hooks = chain(
             torch_optimizer._global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values()

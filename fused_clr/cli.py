@@ -80,12 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="torch's Adam and CyclicLR against ours", formatter_class=formatter)
     demo.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
-    demo.add_argument(
-        "--schedule-epochs",
-        type=count,
-        default=79,
-        help="classic example: epochs of 17,000 steps",
-    )
+    demo.add_argument("--schedule-epochs", type=count, default=79, help="classic example: epochs of 17,000 steps")
     demo.add_argument("--epochs", type=count, default=48, help="training: passes over the digits")
     demo.add_argument("--seed", type=seed, default=0, help="training: first weights and order of the digits")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")

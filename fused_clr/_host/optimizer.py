@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -274,7 +275,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], T]) -> T: ...
     @uncompiled
-    def step(self, closure: Callable[[], T] | None = None) -> T | None:
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D417 - the overloads have them
         """Updates all parameters that have a gradient, and advances the schedule by one.
 
         Args:
@@ -289,10 +290,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         try:
             if hooks_wanted(self):
-                args = (self,) if closure is None else (self, closure)
-                out: T | None = call_with_hooks(FusedOptimizer._step, self, args)
-                return out
-            return self._step(closure)
+                return call_with_hooks(FusedOptimizer._step, self, (self, *args), kwargs)
+            return self._step(*args, **kwargs)
         except BaseException:
             # GradScaler set them for this step, and removes them only after one that succeeded.
             for name in ("grad_scale", "found_inf"):
@@ -325,6 +324,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._awaits_scheduler = True
             self._steps_since_scheduler += 1
         return loss
+
+    # Hooks are given the arguments as the user passed them, by position or by name.
+    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
     def _step_engines(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         engines = self._ready()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_clr import FusedAdam, testing
@@ -69,20 +69,41 @@ def test_one_launch_per_step_however_many_groups(triton_backend: None) -> None:
 
 @by_optimizer
 def test_hooks_run_as_in_torch(backend: str, optimizer_case: OptimizerCase) -> None:
+    def three() -> float:
+        return 3.0
+
+    def seven() -> float:
+        return 7.0
+
     calls: list[list[Any]] = []
     for kind in (optimizer_case.ours, optimizer_case.torch_peer):
         seen: list[Any] = []
         optimizer = kind([torch.nn.Parameter(torch.ones(2))])
-        optimizer.register_step_pre_hook(lambda o, a, k, seen=seen: seen.append(("pre", len(a), dict(k))))
-        optimizer.register_step_post_hook(lambda o, a, k, seen=seen: seen.append(("post", len(a), dict(k))))
-        handle = register_optimizer_step_pre_hook(lambda o, a, k, seen=seen: seen.append("global"))
+
+        def record(name: str, own: Any = optimizer, seen: list[Any] = seen) -> Any:
+            return lambda o, args, kwargs: seen.append((name, o is own, args[0] is own, args[1:], dict(kwargs)))
+
+        optimizer.register_step_pre_hook(record("pre"))
+        optimizer.register_step_post_hook(record("post"))
+        handles = [
+            register_optimizer_step_pre_hook(record("global pre")),
+            register_optimizer_step_post_hook(record("global post")),
+        ]
         optimizer.step()
-        assert optimizer.step(lambda: 3.0) == 3.0
-        handle.remove()
+        # As they were passed: by position, by name, and None itself.
+        assert [optimizer.step(three), optimizer.step(closure=three)] == [3.0, 3.0]
+        assert [optimizer.step(None), optimizer.step(closure=None)] == [None, None]
+        for handle in handles:
+            handle.remove()
         optimizer.step()
-        optimizer.register_step_pre_hook(lambda o, a, k: ((o, lambda: 7.0), {}))
-        assert optimizer.step() == 7.0
+        optimizer.register_step_pre_hook(lambda o, a, k: ((o, seven), {}))
+        assert optimizer.step(closure=three) == 7.0
+        for arguments, keywords in (((three, 1), {}), ((), {"loss": three}), ((three,), {"closure": three})):
+            with pytest.raises(TypeError, match="argument"):
+                kind([torch.nn.Parameter(torch.ones(2))]).step(*arguments, **keywords)
         calls.append(seen)
+    assert inspect.signature(optimizer_case.ours.step) == inspect.signature(FusedAdam._step)
+    assert list(inspect.signature(optimizer_case.ours.step).parameters) == ["self", "closure"]
     assert calls[0] == calls[1]
     optimizer = optimizer_case.ours([torch.nn.Parameter(torch.ones(2))])
     optimizer.register_step_pre_hook(lambda o, a, k: 3)

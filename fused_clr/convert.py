@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 from typing_extensions import Unpack
 
+from ._checks import check_bool
 from ._host.hyperparameters import check_options, check_schedule_step
 from .optim import FusedAdam, FusedAdamW, StepOptions
 from .scheduler import COMMON_FIELDS, CyclicLR, check_common, recover_step_sizes
@@ -142,8 +143,7 @@ def unfuse(
         raise TypeError(f"scheduler must be a fused_clr.CyclicLR or None, got {_class_name(scheduler)}")
     if scheduler is not None and scheduler.optimizer is not optimizer:
         raise ValueError("scheduler must drive this optimizer, and is another one's")
-    if not isinstance(drop_clipping, bool):
-        raise ValueError(f"drop_clipping must be True or False, got {drop_clipping!r}")
+    check_bool("drop_clipping", drop_clipping)
     if optimizer.max_grad_norm is not None and not drop_clipping:
         raise ValueError(
             f"max_grad_norm={optimizer.max_grad_norm} cannot be converted: torch's step does not clip. Call "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._checks import check_integer
 from ._device.capture import CapturedStep
 from ._device.tensors import has_memory
 from ._host.optimizer import FusedOptimizer
@@ -95,8 +96,7 @@ class GraphedStep:
         self._optimizers: list[FusedOptimizer] = optimizers
         counts: dict[str, Any] = {"num_warmup_iters": num_warmup_iters, "max_graphs": max_graphs}
         for name, value in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            check_integer(name, value, "an integer >= 1", lambda n: n >= 1)
         _check_choice("check", check, ("first", "always", "never"))
         _check_choice("capture_error_mode", capture_error_mode, ("global", "thread_local", "relaxed"))
         self._step = step

@@ -139,6 +139,11 @@ class FusedAdamW(FusedAdam):
         schedule: Schedule | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
+        if "decoupled_weight_decay" in options:
+            raise TypeError(
+                "FusedAdamW got an unexpected argument 'decoupled_weight_decay': it always decouples weight decay; "
+                "FusedAdam has both kinds"
+            )
         super().__init__(
             params,
             lr,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 
-from ._host.hyperparameters import check_schedule_step
+from ._checks import check_bool, check_integer, check_number
+from ._host.hyperparameters import MAX_SCHEDULE_STEP, check_schedule_step
 from ._host.optimizer import FusedOptimizer
 from ._torch_internals import uncompiled
+from ._warnings import warn
 from .schedules import Cyclic
 from .schedules.base import function_name
+from .schedules.cyclic import SCALE_MODES
 from .schedules.parts import host_function, is_triton_function
 
 # Optimizer steps per scheduler step from which a loop looks like one that steps its scheduler once an epoch.
@@ -31,8 +34,8 @@ class CyclicLR(LRScheduler):
     multiply the step sizes by the number of batches in an epoch.
 
     Torch's attributes (``base_lrs``, ``max_lrs``, ``mode`` and so on) read the schedules of the optimizer's groups. The
-    four lists of bounds can be assigned, whole or by entry; the others
-    cannot be assigned.
+    four lists of bounds can be assigned, whole or by entry. ``last_epoch`` can be assigned too: as in torch, the next
+    ``scheduler.step()`` goes to the step after it. The others cannot be assigned.
 
     Args:
         optimizer: A `FusedAdam` or `FusedAdamW`.
@@ -87,10 +90,7 @@ class CyclicLR(LRScheduler):
                 f"optimizer must be a FusedAdam or FusedAdamW, got {type(optimizer).__name__}; "
                 "torch.optim.lr_scheduler.CyclicLR drives torch's optimizers"
             )
-        try:
-            step = check_schedule_step("", last_epoch + 1)
-        except (TypeError, ValueError):
-            raise ValueError(f"last_epoch must be >= -1, and an integer below 2**53, got {last_epoch!r}") from None
+        last_epoch = _check_last_epoch("last_epoch", last_epoch)
         if last_epoch != -1:
             for index, group in enumerate(optimizer.param_groups):
                 if "initial_lr" not in group:
@@ -122,7 +122,7 @@ class CyclicLR(LRScheduler):
             )
             for index in range(num_groups)
         ]
-        self._attach(optimizer, schedules, step)
+        self._attach(optimizer, schedules, last_epoch + 1)
 
     @classmethod
     def _of_schedules(cls, optimizer: FusedOptimizer, schedules: Sequence[Cyclic], step: int) -> CyclicLR:
@@ -266,10 +266,20 @@ class CyclicLR(LRScheduler):
         return (lambda x: float(0.5 ** (x - 1))) if schedule.mode == "triangular2" else (lambda x: 1.0)
 
     @property
-    def last_epoch(self) -> int:  # type: ignore[override]
-        """Steps of the schedule so far, as torch counts them. Waits for the device."""
+    def last_epoch(self) -> int:
+        """Steps of the schedule so far, as torch counts them. Waits for the device.
+
+        Assigning it changes nothing before the next ``scheduler.step()``, which goes to the step after it, as in torch.
+        `FusedAdam.set_schedule_step` changes the schedule step at once.
+        """
         optimizer = self._fused
+        if optimizer._assigned_epoch is not None:
+            return optimizer._assigned_epoch
         return max(optimizer._read_schedule_step() - optimizer._awaits_scheduler, 0)
+
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        self._fused._assigned_epoch = _check_last_epoch("last_epoch", value)
 
     @uncompiled
     def step(self, epoch: int | None = None) -> None:
@@ -280,24 +290,27 @@ class CyclicLR(LRScheduler):
 
         Raises:
             RuntimeError: A newer `CyclicLR` was created for the optimizer.
+            ValueError: ``epoch`` is not an integer in [0, 2**53].
         """
         optimizer = self._fused
         if epoch is not None:
-            warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
+            epoch = check_schedule_step("epoch", epoch)
+            warn(EPOCH_DEPRECATION_WARNING)
             optimizer.set_schedule_step(epoch)
             self._step_count += 1
             return
         if optimizer._steps_since_scheduler >= STEPS_PER_CALL_LIMIT and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"scheduler.step() was called after {optimizer._steps_since_scheduler} optimizer steps. The schedule "
-                "advances with every optimizer.step(), not with scheduler.step(): its step sizes count optimizer steps",
-                stacklevel=2,
+                "advances with every optimizer.step(), not with scheduler.step(): its step sizes count optimizer steps"
             )
         optimizer._steps_since_scheduler = 0
         # Plain dicts among the groups would not show the new values.
         optimizer._adopt_groups()
-        if optimizer._awaits_scheduler:
+        if optimizer._assigned_epoch is not None:
+            optimizer.set_schedule_step(optimizer._assigned_epoch + 1)
+        elif optimizer._awaits_scheduler:
             optimizer._awaits_scheduler = False
         else:
             optimizer._tick()
@@ -311,8 +324,9 @@ class CyclicLR(LRScheduler):
             return [group["lr"] for group in optimizer.param_groups]
 
     def get_lr(self) -> list[float]:  # type: ignore[override]
-        """The same as `get_last_lr`: the device has already computed the values."""
-        return self.get_last_lr()
+        """The learning rates of ``last_epoch``: the same as `get_last_lr` unless it was assigned."""
+        epoch = self._fused._assigned_epoch
+        return self.get_last_lr() if epoch is None else [schedule.lr(epoch) for schedule in self.schedules]
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's state with torch's keys, loadable by torch's CyclicLR."""
@@ -322,7 +336,7 @@ class CyclicLR(LRScheduler):
             # Torch saves the attributes of a callable object. Of a function it saves nothing.
             is_function = isinstance(first.scale_fn, types.FunctionType) or is_triton_function(first.scale_fn)
             if is_function or not hasattr(first.scale_fn, "__dict__"):
-                first.to_dict(stacklevel=2)
+                first.to_dict()
             else:
                 saved_function = dict(first.scale_fn.__dict__)
         state = {
@@ -363,20 +377,17 @@ class CyclicLR(LRScheduler):
                 not have. Nothing has been loaded.
         """
         optimizer, present = self._fused, self.schedules
-        needed = {"base_lrs", "max_lrs", "total_size", "step_ratio", "mode", "gamma", "scale_mode", "last_epoch"}
-        missing = needed - set(state_dict)
-        if missing:
-            raise ValueError(f"state_dict is not that of a CyclicLR: it has no {sorted(missing)}")
+        _check_saved(state_dict)
         scale_fn = present[0].scale_fn
-        saved_name = state_dict.get("scale_fn_name")
-        if (saved_name is not None or state_dict.get("_scale_fn_custom") is not None) and scale_fn is None:
-            raise ValueError(
-                f"state_dict was saved with the scale_fn {saved_name!r}, which a checkpoint cannot hold: create "
-                "this CyclicLR with that scale_fn before loading"
-            )
+        for key in ("scale_fn_name", "_scale_fn_custom"):
+            if scale_fn is None and state_dict.get(key) is not None:
+                raise ValueError(
+                    f"state_dict was saved with the scale_fn {state_dict[key]!r} ({key}), which a checkpoint cannot "
+                    "hold: create this CyclicLR with that scale_fn before loading"
+                )
         step_size_up, step_size_down = _loaded_step_sizes(state_dict, present[0])
         columns = {"base_lr": "base_lrs", "max_lr": "max_lrs"}
-        if state_dict.get("cycle_momentum"):
+        if state_dict["cycle_momentum"]:
             columns |= {"base_momentum": "base_momentums", "max_momentum": "max_momentums"}
         per_group = {
             name: _per_group(f"state_dict[{key!r}]", state_dict.get(key), len(present)) for name, key in columns.items()
@@ -389,12 +400,12 @@ class CyclicLR(LRScheduler):
                 mode=state_dict["mode"],
                 gamma=state_dict["gamma"],
                 scale_mode=state_dict["scale_mode"],
-                cycle_momentum=state_dict.get("cycle_momentum", False),
+                cycle_momentum=state_dict["cycle_momentum"],
                 **{name: values[index] for name, values in per_group.items()},
             )
             for index, schedule in enumerate(present)
         ]
-        last_epoch = check_schedule_step("state_dict['last_epoch']", state_dict["last_epoch"])
+        last_epoch = state_dict["last_epoch"]
         step, is_ahead = state_dict.get("schedule_step", (last_epoch, False))
         if max(step - is_ahead, 0) != last_epoch:
             # Torch trained on, and carried our key along as it was; or a user changed last_epoch.
@@ -445,12 +456,55 @@ class _Bounds(list[Any]):
         return list, (list(self),)
 
 
+NEEDED_KEYS = frozenset(
+    ("base_lrs", "max_lrs", "total_size", "step_ratio", "mode", "gamma", "scale_mode", "cycle_momentum", "last_epoch")
+)
+
+
+def _check_saved(state_dict: Mapping[str, Any]) -> None:
+    """Checks what is in a state_dict and becomes no argument of a schedule.
+
+    Raises:
+        ValueError: Something is missing or not allowed; the message names it.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict must be that of a CyclicLR, got {state_dict!r}")
+    missing = NEEDED_KEYS - set(state_dict)
+    if missing:
+        raise ValueError(f"state_dict is not that of a CyclicLR: it has no {sorted(missing)}")
+
+    def check(key: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+        if key in state_dict and not is_allowed(state_dict[key]):
+            raise ValueError(f"state_dict[{key!r}] must be {allowed}, got {state_dict[key]!r}")
+
+    name = "state_dict[{!r}]".format
+    check_schedule_step(name("last_epoch"), state_dict["last_epoch"])
+    check_integer(name("_step_count"), state_dict.get("_step_count", 0), "an integer >= 0", lambda n: n >= 0)
+    check_number(name("total_size"), state_dict["total_size"], "a finite number > 0", lambda x: 0 < x < math.inf)
+    check_number(name("step_ratio"), state_dict["step_ratio"], "a number in (0, 1)", lambda x: 0 < x < 1)
+    check_bool(name("cycle_momentum"), state_dict["cycle_momentum"])
+    check_bool(name("use_beta1"), state_dict.get("use_beta1", True))
+    check("scale_mode", f"one of {SCALE_MODES}", lambda value: value in SCALE_MODES)
+    check("_scale_fn_custom", "a dict of attributes or None", lambda value: isinstance(value, Mapping | None))
+    check("scale_fn_name", "a string or None", lambda value: isinstance(value, str | None))
+    for key in ("step_sizes", "schedule_step"):
+        check(key, "a pair", lambda value: isinstance(value, (list, tuple)) and len(value) == 2)
+    if "schedule_step" in state_dict:
+        check_schedule_step(name("schedule_step") + "[0]", state_dict["schedule_step"][0])
+        check_bool(name("schedule_step") + "[1]", state_dict["schedule_step"][1])
+
+
 def _loaded_step_sizes(state_dict: Mapping[str, Any], present: Cyclic) -> tuple[float, float]:
     """The step sizes in a state_dict. Torch saves a rounded ratio; integer step sizes are recovered from it."""
-    if "step_sizes" in state_dict:
-        up, down = state_dict["step_sizes"]
-        return up, down
     total, ratio = float(state_dict["total_size"]), float(state_dict["step_ratio"])
+    if "step_sizes" in state_dict:
+        name, sizes = "state_dict['step_sizes']", state_dict["step_sizes"]
+        up, down = (check_number(name, size, "two finite numbers > 0", lambda x: 0 < x < math.inf) for size in sizes)
+        if (float(up) + down, up / (float(up) + down)) != (total, ratio):
+            raise ValueError(
+                f"{name} must agree with its total_size={total} and step_ratio={ratio}, got {sizes!r}: change all three"
+            )
+        return up, down
     own_up, own_down = float(present.step_size_up), float(present.step_size_down or 0)
     if (own_up + own_down, own_up / (own_up + own_down)) == (total, ratio):
         return own_up, own_down
@@ -463,6 +517,11 @@ def recover_step_sizes(total_size: float, step_ratio: float) -> tuple[float, flo
     if abs(up - round(up)) <= 1e-9 * total_size:
         up = round(up)
     return up, total_size - up
+
+
+def _check_last_epoch(name: str, value: Any) -> int:
+    allowed = ">= -1, and an integer below 2**53"
+    return check_integer(name, value, allowed, lambda n: -1 <= n < MAX_SCHEDULE_STEP)
 
 
 def _per_group(name: str, value: Any, num_groups: int) -> list[Any]:

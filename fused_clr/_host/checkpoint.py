@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -11,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_bool, check_integer, check_number, check_number_or_tensor
 from .._device.rules import UpdateRule
 from .._device.sharding import is_dtensor
 from .._device.tensors import has_memory
+from .._warnings import warn
 from ..schedules import Schedule
-from .hyperparameters import check_hyperparameter, check_schedule_step
+from .hyperparameters import MAX_SCHEDULE_STEP, check_hyperparameter, check_schedule_step
 from .param_group import ParamGroup
 
 
@@ -65,7 +66,7 @@ def pack(
             if group.schedule.drives_momentum:
                 packed[rule.momentum_key] = rule.with_momentum(packed[rule.momentum_key], momentum)
             own = {"momentum": rule.momentum_of(group.settings().values)}
-            packed["schedule"] = group.schedule.to_dict(stacklevel=4) | clock | own
+            packed["schedule"] = group.schedule.to_dict() | clock | own
         for param in group.stored("params"):
             ids[id(param)] = len(ids)
             if group.stored("fused") or group.stored("capturable"):
@@ -170,7 +171,7 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
         )
     step, is_ahead = clocks[0].step, clocks[0].is_ahead
     updates = max((int(entry["step"]) for entry in by_param.values()), default=0)
-    if clocks[0].updates not in (None, updates):
+    if clocks[0].updates != updates:
         # Another optimizer trained on, and carried our schedules along as they were. Its scheduler may be one behind.
         latest = step + updates - clocks[0].updates
         agreeing = [
@@ -183,12 +184,10 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
             message += (
                 "they are not loaded. The present schedules and schedule step stay; load the scheduler's state_dict"
             )
-            warnings.warn(message, stacklevel=4)
+            warn(message)
             return Loaded(checked, by_param, other_state, [None] * len(groups), None, False)
         step, is_ahead = agreeing[0], False
-        warnings.warn(
-            f"{message}the schedule step is set to {step}, which agrees with its updates and lr", stacklevel=4
-        )
+        warn(f"{message}the schedule step is set to {step}, which agrees with its updates and lr")
     return Loaded(checked, by_param, other_state, schedules, step, is_ahead)
 
 
@@ -204,8 +203,8 @@ class Clock(NamedTuple):
 
     step: int
     momentum: float
-    is_ahead: bool = False
-    updates: int | None = None
+    is_ahead: bool
+    updates: int
 
 
 def _agrees(group: Mapping[str, Any], schedule: Schedule | None, step: int, rule: UpdateRule) -> bool:
@@ -224,10 +223,14 @@ def _agrees(group: Mapping[str, Any], schedule: Schedule | None, step: int, rule
 
 def _check_schedule(name: str, saved: Any, present: Schedule | None) -> tuple[Schedule, Clock]:
     """The saved schedule and its clock. A ``scale_fn`` is taken from the group's present schedule."""
-    if not isinstance(saved, Mapping) or not {"step", "momentum"} <= set(saved):
-        raise ValueError(f"{name} is not a saved schedule, got {saved!r}")
-    step = check_schedule_step(f"{name}['step']", saved["step"])
-    clock = Clock(step, float(saved["momentum"]), bool(saved.get("is_ahead", False)), saved.get("updates"))
+    if not isinstance(saved, Mapping) or not set(Clock._fields) <= set(saved):
+        raise ValueError(f"{name} is not a saved schedule, with {Clock._fields}, got {saved!r}")
+    clock = Clock(
+        check_schedule_step(f"{name}['step']", saved["step"]),
+        check_number(f"{name}['momentum']", saved["momentum"], "a number in [0, 1)", lambda x: 0 <= x < 1),
+        check_bool(f"{name}['is_ahead']", saved["is_ahead"]),
+        check_integer(f"{name}['updates']", saved["updates"], "an integer >= 0", lambda n: n >= 0),
+    )
     values = {key: value for key, value in saved.items() if key not in Clock._fields}
     try:
         return Schedule.from_dict(values, present), clock
@@ -241,12 +244,12 @@ def _check_entry(name: str, entry: Any, param: Tensor, rule: UpdateRule) -> None
     required = rule.states[: rule.required_states]
     if not isinstance(entry, Mapping) or not {"step", *required} <= set(entry):
         raise ValueError(f"{name} must be a dict with 'step', {', '.join(map(repr, required))}")
-    try:
-        step = float(entry["step"])
-    except (TypeError, ValueError, RuntimeError):
-        step = -1.0
-    if not (step >= 0 and step.is_integer()):
-        raise ValueError(f"{name}['step'] must be an integer >= 0, got {entry['step']!r}")
+    allowed = "an integer in [0, 2**53], or a float or tensor of one"
+    if isinstance(entry["step"], Tensor) and entry["step"].is_meta:
+        raise ValueError(f"{name}['step'] must be {allowed}, got {entry['step']!r}")
+    check_number_or_tensor(
+        f"{name}['step']", entry["step"], allowed, lambda x: 0 <= x <= MAX_SCHEDULE_STEP and x.is_integer()
+    )
     for key in rule.states:
         value = entry.get(key)
         if value is None and key not in required:

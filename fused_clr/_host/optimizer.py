@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from .._checks import check_integer
+from .._checks import check_bool, check_integer
 from .._device.capture import CapturedStep
 from .._device.engines import Engines
 from .._device.parameters import ParametersMovedError
@@ -29,6 +30,9 @@ from .param_group import ParamGroup
 from .watched import OptimizerState
 
 T = TypeVar("T")
+
+# The host's closed form of a learning rate and the device's agree within that.
+CLOSED_FORM_TOLERANCE = 1e-12
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -56,7 +60,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._start_fresh(checked)
         super().__init__(params, defaults)
 
-    def _start_fresh(self, options: Options, awaits_scheduler: bool = False, **continued: Any) -> None:
+    def _start_fresh(
+        self,
+        options: Options,
+        awaits_scheduler: bool = False,
+        assigned_epoch: int | None = None,
+        **continued: Any,
+    ) -> None:
         """Sets the attributes that are never copied or pickled."""
         self._engines = Engines(self.RULE, options, **continued)
         # Changes that the engines do not have yet.
@@ -75,6 +85,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Number of schedulers created for this optimizer; only the last one drives it.
         self._scheduler_token = 0
         self._steps_since_scheduler = 0
+        # What a user wrote to ``scheduler.last_epoch``; the next scheduler step starts from there.
+        self._assigned_epoch = assigned_epoch
         # Set while reads of all groups share one copy from the device.
         self._readings: list[tuple[float, float]] | None = None
 
@@ -211,6 +223,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not (0 <= index < len(groups) and groups[index] is group):
             index = next((i for i, own in enumerate(groups) if own is group), -1)
         return None if index < 0 else self._read_lr_and_momentum()[index]
+
+    def accepts_lr(self, group: ParamGroup, value: float) -> bool:
+        """Whether writing ``value`` to a scheduled ``lr`` changes nothing."""
+        if value == group["lr"]:
+            return True
+        if self._assigned_epoch is None:
+            return False
+        # A loop that counts ``last_epoch`` itself, as ignite's does, writes what comes next by the closed form. The
+        # groups then show it, as after a scheduler step.
+        with self._one_copy(applied=False):
+            is_next = math.isclose(value, group["lr"], rel_tol=CLOSED_FORM_TOLERANCE)
+        self._awaits_scheduler = self._awaits_scheduler and not is_next
+        return is_next
 
     def _read_lr_and_momentum(self) -> list[tuple[float, float]]:
         """Learning rate and momentum of every group, as the groups show them, in one copy."""
@@ -359,8 +384,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: Called during CUDA graph capture: the graph would copy at every replay.
+            ValueError: ``wait`` is not a boolean.
         """
-        return self._ready().status(wait)
+        return self._ready().status(check_bool("wait", wait))
 
     def history(self, n: int | None = None) -> History:
         """The latest steps, replays and skipped steps too, as the kernel recorded them. One copy from the device.
@@ -433,7 +459,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: A replay would be wrong or do nothing; the message names the tensor. Or nothing was captured.
             TypeError: ``captured`` is not a captured step.
+            ValueError: ``optimizer_only`` is not a boolean.
         """
+        check_bool("optimizer_only", optimizer_only)
         for engine in self._ready():
             engine.state.refresh()
         if captured is None:
@@ -462,6 +490,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         is_ahead = is_ahead and bool(self._scheduler_token)
         self._ready().set_schedule_step(step, is_ahead)
         self._awaits_scheduler = is_ahead
+        self._assigned_epoch = None
 
     def set_schedule(self, schedule: Schedule | Sequence[Schedule | None] | None) -> None:
         """Gives every group a schedule. The schedule step does not change; see `set_schedule_step`.
@@ -641,12 +670,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             "update_steps": list(readings.update_steps.items()),
             "scheduler_token": self._scheduler_token,
             "awaits_scheduler": self._awaits_scheduler,
+            "assigned_epoch": self._assigned_epoch,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._start_fresh(
             state.pop("options"),
             awaits_scheduler=state.pop("awaits_scheduler", False),
+            assigned_epoch=state.pop("assigned_epoch", None),
             schedule_step=state.pop("schedule_step"),
             update_steps=(steps := dict(state.pop("update_steps"))),
             counts=state.pop("counts"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from functools import partial
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from torch import Tensor
 from .._device.rules import UpdateRule
 from .._device.settings import GroupSettings
 from .._torch_internals import calling_scheduler
+from .._warnings import warn
 from ..schedules import Schedule
 from .hyperparameters import check_hyperparameter
 from .watched import WatchedDict, WatchedList
@@ -31,6 +31,9 @@ class Owner(Protocol):
 
     def change_schedule(self, group: ParamGroup, schedule: Schedule | None) -> None:
         """Checks a schedule and gives it to ``group``."""
+
+    def accepts_lr(self, group: ParamGroup, value: float) -> bool:
+        """Whether writing ``value`` to a scheduled ``lr`` changes nothing."""
 
     def read_scheduled(self, group: ParamGroup) -> tuple[float, float] | None:
         """Current learning rate and momentum of ``group``; None if it is not in the optimizer (yet)."""
@@ -128,10 +131,9 @@ class ParamGroup(WatchedDict):
             return
         momentum = self._rule.momentum_of(self.settings().values)
         if momentum not in (maximum, self._rule.default_momentum):
-            warnings.warn(
+            warn(
                 f"cycle_momentum=True overrides the optimizer's momentum {momentum} ({self._rule.momentum_key}) with "
-                f"{base} to {maximum}; cycle_momentum=False keeps it",
-                stacklevel=5,
+                f"{base} to {maximum}; cycle_momentum=False keeps it"
             )
 
     def __getitem__(self, key: str) -> Any:
@@ -165,7 +167,8 @@ class ParamGroup(WatchedDict):
         is_lr = key == "lr"
         momentum_in = self._rule.momentum_in
         scheduler = calling_scheduler()
-        if is_lr and scheduler is None and float(value) == self["lr"]:
+        optimizer = self._owner()
+        if is_lr and scheduler is None and optimizer is not None and optimizer.accepts_lr(self, float(value)):
             return
         if not is_lr and float(momentum_in(value)) == momentum_in(self[key]):
             # The schedule does not drive the rest of the value: Adam's beta2.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from .._warnings import warn
 from .compiled import NEVER
 from .fields import END_OF_STEPS, checked_number
 from .parts import Part, Segment
@@ -173,21 +173,15 @@ class Schedule(ABC):
         flat = np.fromiter((values(step)[which] for step in steps.ravel().tolist()), np.float64, steps.size)
         return flat.reshape(steps.shape)
 
-    def to_dict(self, stacklevel: int = 1) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The schedule as plain values, which ``torch.load(weights_only=True)`` accepts.
 
         A ``scale_fn`` leaves only its name, with a warning.
-
-        Args:
-            stacklevel: Stack level of the warning; 1 is the caller of this method.
         """
         unsaved: list[str] = []
         saved = _encode(self, unsaved)
         for name in unsaved:
-            warnings.warn(
-                f"scale_fn {name!r} cannot be saved in a checkpoint; give it again before loading",
-                stacklevel=stacklevel + 1,
-            )
+            warn(f"scale_fn {name!r} cannot be saved in a checkpoint; give it again before loading")
         return saved  # type: ignore[no-any-return]
 
     @classmethod
@@ -316,9 +310,14 @@ def _decode(value: Any, present: Any) -> Any:
     keywords = {field.name: fields.pop(field.name) for field in _fields(_registry[kind]) if field.kw_only}
     try:
         # By position where possible: an argument need not have the name of its field.
-        return _registry[kind](*fields.values(), **keywords)
+        schedule = _registry[kind](*fields.values(), **keywords)
     except TypeError as error:
         raise ValueError(f"a saved {kind} has a value of a wrong type: {error}") from error
+    for name, value in (fields | keywords).items():
+        # What `to_dict` saved is what a schedule keeps.
+        if getattr(schedule, name) != value:
+            raise ValueError(f"a saved {kind} must have {name}={getattr(schedule, name)!r}, got {value!r}")
+    return schedule
 
 
 def _fields(schedule_type: Callable[..., Schedule]) -> tuple[dataclasses.Field[Any], ...]:

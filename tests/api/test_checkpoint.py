@@ -271,7 +271,7 @@ def test_a_corrupt_checkpoint_changes_nothing(backend: str, damage: Any, message
         ({"max_lrs": None}, "max_lr"),
         ({"mode": "square"}, "mode"),
         ({"last_epoch": -7}, "last_epoch"),
-        ({"total_size": -1.0, "step_sizes": (-3, 2)}, "step_size_up"),
+        ({"step_sizes": (-3, 2)}, "step_sizes"),
         ({"base_momentums": [0.8, 1.2]}, "base_momentum"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import re
 import warnings
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.optim import lr_scheduler
 from fused_clr import CyclicLR, FusedAdam
 from fused_clr.schedules import Cyclic
 from tests.cases import SCHEDULES, TRIANGULAR2, ScheduleCase, by_rows, by_schedule
-from tests.helpers.pairs import Pair, make_both, make_pair, train
+from tests.helpers.pairs import Pair, assert_same_params, make_both, make_pair, record_step, set_gradients, train
 
 
 def told(pair: Pair) -> list[Any]:
@@ -93,6 +95,108 @@ def test_the_deprecated_epoch_argument_sets_last_epoch(backend: str) -> None:
         with pytest.warns(UserWarning, match="epoch parameter"):
             pair.scheduler.step(9)
     assert_tell_the_same(*pairs)
+
+
+# A number: it is assigned to scheduler.last_epoch. p: the pair is pickled.
+ASSIGNMENTS = ("5sosos", "oso7sos", "o5sosos", "os5oosos", "os9os2sos", "osos-1sos", "oso3psos", "5osp4ss", "o20sos0s")
+
+
+@pytest.mark.parametrize("calls", ASSIGNMENTS)
+@pytest.mark.parametrize("schedule_case", [TRIANGULAR2, SCHEDULES["exp_range"]], ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_assigning_last_epoch(backend: str, calls: str, schedule_case: ScheduleCase) -> None:
+    """As in torch, nothing but ``last_epoch`` changes before the next scheduler step, which goes one further."""
+    pairs = list(make_both(schedule_case=schedule_case))
+    previous = ""
+    for call in re.findall(r"-?\d+|\w", calls):
+        for index, pair in enumerate(pairs):
+            if call == "o":
+                # Where the optimizer steps twice in a row, ours ticks twice: that is no torch loop.
+                assert previous != "o" or "5oo" in calls
+                set_gradients(pair.params, seed=1)
+                pair.optimizer.step()
+            elif call == "s":
+                pair.scheduler.step()
+            elif call == "p":
+                pairs[index] = pickle.loads(pickle.dumps(pair)) if index == 0 else copy.deepcopy(pair)
+            else:
+                pair.scheduler.last_epoch = int(call)
+        previous = call
+        if "oo" not in calls:
+            assert_tell_the_same(*pairs)
+    assert_tell_the_same(*pairs)
+    if "oo" not in calls:
+        assert_same_params(*pairs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", ["3", None, 1.5, float("nan"), 2**60, True, -2, [1]], ids=str)
+def test_a_bad_last_epoch_is_not_assigned(backend: str, value: Any) -> None:
+    pair = make_pair(True)
+    train(pair, 2)
+    pair.optimizer.step()
+    before = pair.scheduler.state_dict()
+    with pytest.raises(ValueError, match=f"last_epoch must be >= -1, and an integer .*, got {re.escape(repr(value))}"):
+        pair.scheduler.last_epoch = value
+    assert pair.scheduler.state_dict() == before
+    pair.scheduler.step()
+    assert pair.scheduler.last_epoch == 3
+
+
+def test_a_set_schedule_step_replaces_an_assigned_last_epoch(backend: str) -> None:
+    pair = make_pair(True)
+    pair.scheduler.last_epoch = 5
+    pair.optimizer.set_schedule_step(9)
+    assert pair.scheduler.last_epoch == 9
+    pair.scheduler.step()
+    assert pair.scheduler.last_epoch == 10
+
+
+def test_an_assigned_last_epoch_counts_between_replays(triton_backend: None) -> None:
+    pair = make_pair(True)
+    set_gradients(pair.params, seed=1)
+    graph = record_step(pair)
+    pair.scheduler.last_epoch = 5
+    graph.replay()
+    assert pair.scheduler.last_epoch == 5
+    pair.scheduler.step()
+    assert pair.optimizer.status().schedule_step == 6
+    graph.replay()
+    assert pair.optimizer.status().schedule_step == 7
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the step", "after the step"])
+@by_schedule
+def test_a_loop_that_counts_last_epoch_itself(backend: str, schedule_case: ScheduleCase, first: bool) -> None:
+    """What ignite's wrapper of torch's schedulers does at every iteration; it never calls ``scheduler.step()``."""
+
+    def write_and_count(scheduler: Any) -> None:
+        scheduler._get_lr_called_within_step = True
+        lrs = scheduler.get_lr()
+        scheduler._get_lr_called_within_step = False
+        for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        scheduler.last_epoch += 1
+
+    pairs = make_both(schedule_case=schedule_case)
+    for pair in pairs:
+        if not first:
+            pair.scheduler.last_epoch += 1
+    for iteration in range(schedule_case.steps):
+        for pair in pairs:
+            set_gradients(pair.params, seed=iteration)
+            if first:
+                write_and_count(pair.scheduler)
+            pair.optimizer.step()
+            if not first:
+                write_and_count(pair.scheduler)
+        mine, torchs = (
+            [*(group["lr"] for group in pair.optimizer.param_groups), pair.scheduler.last_epoch] for pair in pairs
+        )
+        assert mine == pytest.approx(torchs, rel=1e-12)
+    assert_same_params(*pairs, rtol=1e-5, atol=1e-6)
+    # And no other value.
+    with pytest.raises(RuntimeError, match=r"\['lr'\] cannot be set"):
+        pairs[0].optimizer.param_groups[0]["lr"] = 0.123
 
 
 def test_a_later_scheduler_replaces_the_first(backend: str) -> None:

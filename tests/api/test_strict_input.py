@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fused_clr import FusedAdam
+from fused_clr import FusedAdam, FusedAdamW, GraphedStep, unfuse
 from fused_clr.schedules import Cyclic
 
 
@@ -120,6 +120,35 @@ def test_numpy_numbers_are_stored_as_pythons(backend: str) -> None:
 def test_history(backend: str, n: Any) -> None:
     with pytest.raises(ValueError, match=re.escape(f"n must be an integer in [0, history_size = 256], got {n!r}")):
         make().history(n)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, 0.0], ids=str)
+def test_flags_of_methods(backend: str, value: Any) -> None:
+    optimizer = make()
+    for name, call in (
+        ("wait", optimizer.status),
+        ("optimizer_only", lambda optimizer_only: optimizer.check_replay(optimizer_only=optimizer_only)),
+        ("drop_clipping", lambda drop_clipping: unfuse(optimizer, drop_clipping=drop_clipping)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be True or False, got {value!r}"):
+            call(**{name: value})
+    assert optimizer.status(np.bool_(True)).schedule_step == 0
+
+
+@pytest.mark.parametrize("name", ["num_warmup_iters", "max_graphs"])
+def test_counts_of_a_graphed_step(name: str) -> None:
+    GraphedStep(print, make(), **{name: np.int64(2)})
+    for value in (True, 1.0, "1", 0):
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {value!r}"):
+            GraphedStep(print, make(), **{name: value})
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_adamw_always_decouples(value: bool) -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    for kind in (FusedAdamW, torch.optim.AdamW):
+        with pytest.raises(TypeError, match="unexpected .*argument 'decoupled_weight_decay'"):
+            kind([param], decoupled_weight_decay=value)
 
 
 def test_options_in_a_group() -> None:

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd.profiler import record_function
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -61,6 +62,11 @@ def call_with_hooks(
         ):
             post_hook(optimizer, args, kwargs)
     return out
+
+
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors, and their storage's Python object, use the memory of ``tensor``."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def uncompiled(function: Function) -> Function:

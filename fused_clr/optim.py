@@ -40,6 +40,9 @@ class FusedAdam(FusedOptimizer):
 
     The algorithm of Kingma & Ba 2015 (arXiv:1412.6980, algorithm 1), with the arguments of `torch.optim.Adam`.
 
+    ``state[p]["step"]`` may be assigned, or written with ``fill_``. The triton backend does not notice a write through
+    its ``.data``, which torch does not report.
+
     Args:
         params: Parameters, named parameters or dicts of param groups, as torch takes them. Dense tensors of dtype
             float16, bfloat16, float32, float64 or complex.
@@ -55,8 +58,9 @@ class FusedAdam(FusedOptimizer):
         differentiable: Must be False.
         fused: Accepted; has no effect: every step is fused.
         decoupled_weight_decay: Decay the parameter instead of the gradient, as AdamW does.
-        schedule: A value from `fused_clr.schedules` for every group without its own; None keeps ``lr`` constant. A
-            param group may hold a ``schedule`` too. Each step advances all schedules by one.
+        schedule: A value from `fused_clr.schedules` for every group without its own, also for groups added later: their
+            own ``lr`` has then no effect. None keeps ``lr`` constant. A param group may hold a ``schedule`` too; None
+            there keeps that group's ``lr`` constant. Each step advances all schedules by one.
         options: See `StepOptions`.
 
     Raises:

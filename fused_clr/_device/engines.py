@@ -171,6 +171,10 @@ class Engines:
             engine.state.set_update_steps(engine.moments.adopt_steps(engine.state.get_update_steps()))
             engine.forget_plans()
 
+    def steps_moved(self) -> bool:
+        """Whether ``.data`` of a ``state[p]["step"]`` was replaced; see `Moments.steps_moved`."""
+        return any(engine.moments.steps_moved() for engine in self._engines)
+
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
         """Applies new hyperparameters and schedules, in place."""
         for engine in self._engines:

@@ -98,7 +98,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     # -- param groups and state ---------------------------------------------------------------------------------------
     @property
     def state(self) -> OptimizerState:
-        """Parameter -> its state tensors: ``step`` and those of the update rule, Adam's ``exp_avg`` and so on."""
+        """Parameter -> its state tensors: ``step`` and those of the update rule, Adam's ``exp_avg`` and so on.
+
+        All of them may be assigned, written in place and moved with ``.data =``. Only ``step.data.fill_()`` is not
+        noticed by the triton backend: torch does not report it.
+        """
         if not self._state and asked_by_distributed_checkpoint():
             self._create_state()
         return self._state
@@ -162,7 +166,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._known_groups = list(self.param_groups)
             self._group_indices = {id(group): index for index, group in enumerate(self.param_groups)}
             self._structure_changed = self._state_changed = self._settings_changed = False
-        if self._state_changed:
+        if self._state_changed or engines.steps_moved():
             engines.adopt_state()
             self._state_changed = False
         if self._settings_changed:

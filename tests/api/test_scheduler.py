@@ -316,6 +316,29 @@ def test_a_later_group_keeps_its_constant_lr_or_takes_its_own_schedule(backend: 
     assert pair.optimizer.state[constant]["step"].item() == 4
 
 
+def test_later_groups_follow_the_constructors_schedule_unless_they_say_none(backend: str) -> None:
+    schedule = Cyclic(0.1, 0.5, 4, cycle_momentum=False)
+
+    def group(**values: Any) -> dict[str, Any]:
+        param = torch.nn.Parameter(torch.ones(2))
+        param.grad = torch.ones(2)
+        return {"params": [param], **values}
+
+    optimizer = FusedAdam([group(lr=0.25), group(lr=0.25, schedule=None)], schedule=schedule)
+    optimizer.step()
+    for values in ({"lr": 0.25}, {"lr": 0.25, "schedule": None}):
+        optimizer.add_param_group(group(**values))
+    for step in range(1, 4):
+        expected = [schedule.lr(step), 0.25, schedule.lr(step), 0.25]
+        assert [group["lr"] for group in optimizer.param_groups] == expected
+        before = [group["params"][0].detach().clone() for group in optimizer.param_groups]
+        optimizer.step()
+        # All gradients are 1: Adam moves by the learning rate.
+        after = [group["params"][0] for group in optimizer.param_groups]
+        moved = [(old - new)[0].item() for old, new in zip(before, after, strict=True)]
+        assert moved == pytest.approx(expected, rel=1e-4)
+
+
 def test_set_schedule_and_set_schedule_step(backend: str) -> None:
     param = torch.nn.Parameter(torch.ones(2))
     optimizer = FusedAdam([param], lr=0.5)

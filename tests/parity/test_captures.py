@@ -423,6 +423,7 @@ def test_a_step_of_which_only_a_part_would_be_captured(monkeypatch: pytest.Monke
     class Stub:
         device = torch.device("cuda", 1)
         state = SimpleNamespace(capturing=not captured_first)
+        moments = SimpleNamespace(steps_moved=lambda: False)
 
     monkeypatch.setattr(type(engine.state), "capturing", property(lambda _: captured_first))
     monkeypatch.setattr(optimizer._engines, "_engines", [engine, Stub()])

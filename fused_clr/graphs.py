@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter, is_not
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from ._host.optimizer import FusedOptimizer
 
 __all__ = ["CapturedStep", "GraphedStep"]
 
+read_grad = attrgetter("grad")
+
 
 class Graph(NamedTuple):
     """A captured step for inputs of one kind, with its input tensors, its output and the gradients it writes.
@@ -30,7 +33,8 @@ class Graph(NamedTuple):
     written: list[int]
     output: Any
     captured: list[tuple[FusedOptimizer, CapturedStep]]
-    grads: list[tuple[Tensor, Tensor | None]]
+    params: list[Tensor]
+    grads: list[Tensor | None]
     awaits_scheduler: list[bool]
 
 
@@ -106,7 +110,6 @@ class GraphedStep:
         self._capture_error_mode = capture_error_mode
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
         self._warmed: dict[Any, int] = {}
-        self._latest: Graph | None = None
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -143,8 +146,6 @@ class GraphedStep:
         is_new = graph is None
         if graph is None:
             warmed = self._warmed.get(key, 0)
-            # An eager step, and a capture, leave other gradients than those of the graph that was replayed last.
-            self._latest = None
             if warmed < self._num_warmup_iters:
                 self._warmed[key] = warmed + 1
                 return self._run_on_side_stream(structure, leaves, device)
@@ -154,11 +155,10 @@ class GraphedStep:
         with torch.no_grad():
             for static, tensor in zip(graph.inputs, tensors, strict=True):
                 static.copy_(tensor, non_blocking=True)
-        if graph is not self._latest:
+        if any(map(is_not, map(read_grad, graph.params), graph.grads)):
             # ``param.grad`` must be the gradients that this graph writes.
-            for param, grad in graph.grads:
+            for param, grad in zip(graph.params, graph.grads, strict=True):
                 param.grad = grad
-            self._latest = graph
         for optimizer, captured in graph.captured:
             if self._check == "always" or (self._check == "first" and (is_new or captured.parameters_changed())):
                 optimizer.check_replay(captured)
@@ -173,7 +173,6 @@ class GraphedStep:
         while self._graphs:
             self._release_oldest()
         self._warmed.clear()
-        self._latest = None
 
     def _device(self) -> torch.device:
         for optimizer in self._optimizers:
@@ -245,11 +244,13 @@ class GraphedStep:
             captured = self._captured_since(before)
             if not captured:
                 raise RuntimeError("the step called no optimizer.step() of the given optimizer while it was captured")
-        except BaseException:
+        except BaseException as error:
             for _, step in self._captured_since(before):
                 step.release()
             # What was refused may be what eager calls set up.
             del self._warmed[key]
+            if isinstance(error, torch.AcceleratorError):
+                raise RuntimeError(_explain(error)) from error
             raise
         params = [
             p for optimizer in self._optimizers for group in optimizer.param_groups for p in group.stored("params")
@@ -260,7 +261,8 @@ class GraphedStep:
             [index for index, version in enumerate(versions) if inputs[index]._version != version],
             output,
             captured,
-            [(param, param.grad) for param in params],
+            params,
+            list(map(read_grad, params)),
             [optimizer._awaits_scheduler for optimizer in self._optimizers],
         )
         while len(self._graphs) > self._max_graphs:
@@ -295,6 +297,19 @@ def _kind(leaf: Any) -> Any:
         )
     # As text, NaN is equal to itself, and 0.0 is not -0.0.
     return type(leaf), leaf.hex() if isinstance(leaf, float) else leaf
+
+
+def _explain(error: torch.AcceleratorError) -> str:
+    """What the driver's error in a capture means. The first one is the cause, and the others follow from it."""
+    first: BaseException = error
+    while isinstance(first.__context__, torch.AcceleratorError):
+        first = first.__context__
+    return (
+        f"the driver refused a call in the captured step: {str(first).splitlines()[0]}. A captured step must not wait "
+        "for the device (.item(), .cpu(), printing a tensor) or use the default stream. Autograd uses the default "
+        "stream for a parameter whose graph node was made there and is still held: by DistributedDataParallel, or by a "
+        "loss with its graph; make such wrappers under torch.cuda.stream(torch.cuda.Stream())"
+    )
 
 
 @contextmanager

@@ -252,13 +252,14 @@ class TritonEngine(Engine):
         self.state.refresh()
         if self.parameters.is_sharded and self.parameters.shards_replaced():
             self._plans.clear()
-        if not self._plans.plans():
-            # Something changed since the last step. The captured gradients will be laid out as the present ones.
-            grads = self.parameters.grads()
-            for index, (record, param) in enumerate(zip(self.parameters.records, self.parameters.tensors, strict=True)):
-                if grads[index] is None and record.param.requires_grad:
-                    grads[index] = torch.empty_like(param, requires_grad=False)
-            self._plans.get(grads, self._build_plan)
+        # The captured gradients will be laid out as the present ones.
+        grads = self.parameters.grads()
+        for index, (record, param) in enumerate(zip(self.parameters.records, self.parameters.tensors, strict=True)):
+            if not record.param.requires_grad:
+                grads[index] = None
+            elif grads[index] is None:
+                grads[index] = torch.empty_like(param, requires_grad=False)
+        self._plans.get(grads, self._build_plan)
         for plan in self._plans.plans():
             if not plan.is_complete:
                 self._complete(plan)

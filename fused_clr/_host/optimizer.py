@@ -445,7 +445,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _before_capture(self) -> None:
         """Does what a captured step needs and a capture cannot do, such as applying what was written to groups."""
         with torch.no_grad():
-            self._ready().before_capture()
+            try:
+                self._ready().before_capture()
+            except ParametersMovedError:
+                self._structure_changed = True
+                self._ready().before_capture()
 
     def check_replay(self, captured: CapturedStep | None = None, *, optimizer_only: bool = False) -> None:
         """Checks that replaying a captured step does what its graph was captured for. Reads nothing from the device.

@@ -18,6 +18,8 @@ import triton
 import fused_clr
 from fused_clr import FusedAdam, GraphedStep
 from fused_clr._device import capture, launch, step_plan
+from fused_clr._device.parameters import ParametersMovedError
+from fused_clr._device.triton import TritonEngine
 from fused_clr.graphs import _current_stream_kept
 from fused_clr.schedules import Cyclic
 from tests.helpers import emulated_graph, on_gpu
@@ -207,6 +209,103 @@ def test_gradients_are_those_of_the_graph_that_was_replayed(check: Any) -> None:
     assert all(param.grad is not grad for param, grad in zip(model.parameters(), written, strict=True))
     graphed(first)
     assert all(param.grad is grad for param, grad in zip(model.parameters(), written, strict=True))
+
+
+@emulated
+@pytest.mark.parametrize("check", ["first", "always"])
+def test_gradients_are_those_of_the_replay_whatever_came_between(check: Any) -> None:
+    ours, optimizer, graphed = graphed_model(num_warmup_iters=1, check=check)
+    theirs, eager, eagerly = graphed_model(num_warmup_iters=100)
+    # Another step function of the same optimizer.
+    other, other_eagerly = (
+        GraphedStep(step._step, step._optimizers[0], num_warmup_iters=1 if step is graphed else 100, check=check)
+        for step in (graphed, eagerly)
+    )
+
+    def between(model: torch.nn.Module, by: FusedAdam, step: GraphedStep, index: int) -> None:
+        if index % 4 == 1:
+            by.zero_grad()
+        elif index % 4 == 2:
+            by.zero_grad()
+            model(batches(1)[0]).square().mean().backward()
+            by.step()
+        elif index % 4 == 3:
+            step(batches(2)[1])
+
+    for index, batch in enumerate(batches(24)):
+        between(ours, optimizer, other, index)
+        between(theirs, eager, other_eagerly, index)
+        graphed(batch)
+        eagerly(batch)
+        for mine, torchs in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, torchs.grad, rtol=1e-5, atol=1e-6)
+    assert graphed.num_graphs == other.num_graphs == 1
+    assert_same_models(ours, theirs)
+
+
+@emulated
+@pytest.mark.parametrize("frozen", [True, False], ids=["freezes", "unfreezes"])
+def test_a_parameter_frozen_or_unfrozen_before_the_capturing_call(frozen: bool) -> None:
+    ours, _, graphed = graphed_model(num_warmup_iters=1, check="always")
+    theirs, _, eagerly = graphed_model(num_warmup_iters=100)
+    for model in (ours, theirs):
+        next(model.parameters()).requires_grad_(frozen)
+    for index, batch in enumerate(batches(6)):
+        if index == 1:
+            for model in (ours, theirs):
+                next(model.parameters()).requires_grad_(not frozen)
+        graphed(batch)
+        eagerly(batch)
+    assert graphed.num_graphs == 1
+    assert_same_models(ours, theirs)
+
+
+@emulated
+def test_a_call_that_the_driver_refuses_is_explained() -> None:
+    model, optimizer, _ = graphed_model()
+    refuses = False
+
+    def step(batch: torch.Tensor) -> None:
+        model(batch).square().mean().backward()
+        optimizer.step()
+        if refuses:
+            try:
+                raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nmore")
+            finally:
+                # Ending the capture then fails, too.
+                raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+
+    graphed = GraphedStep(step, optimizer, num_warmup_iters=1)
+    batch = batches(1)[0]
+    graphed(batch)
+    refuses = True
+    with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing\. .*default stream") as info:
+        graphed(batch)
+    assert isinstance(info.value.__cause__, torch.AcceleratorError)
+    refuses = False
+    graphed(batch)
+    graphed(batch)
+    assert graphed.num_graphs == len(optimizer.captures) == 1
+
+
+@emulated
+def test_parameters_that_moved_to_another_device_before_the_capturing_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, optimizer, graphed = graphed_model(num_warmup_iters=1)
+    graphed(batches(1)[0])
+    before = optimizer._engines.first
+
+    with monkeypatch.context() as patch:
+        prepare = TritonEngine.before_capture
+
+        def raise_once(engine: TritonEngine) -> None:
+            patch.setattr(TritonEngine, "before_capture", prepare)
+            raise ParametersMovedError
+
+        patch.setattr(TritonEngine, "before_capture", raise_once)
+        graphed(batches(1)[0])
+    # The optimizer has sorted its parameters again.
+    assert optimizer._engines.first is not before
+    assert graphed.num_graphs == 1
 
 
 @emulated

@@ -313,7 +313,9 @@ def test_malformed_parts(part: Any, message: str) -> None:
         Given((part,)).lr(0)
 
 
-@pytest.mark.parametrize("parts", [None, 3, torch.ones(2), Part((LINE,)), iter([Part((LINE,))])], ids=repr)
+@pytest.mark.parametrize(
+    "parts", [None, 3, torch.ones(2), Part((LINE,)), iter([Part((LINE,))])], ids=lambda x: type(x).__name__
+)
 def test_parts_that_are_no_tuple(parts: Any) -> None:
     with pytest.raises(ValueError, match="a schedule must have at least one part, got |must be a Part, got"):
         Given(parts).lr(0)

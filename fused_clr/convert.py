@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from typing_extensions import Unpack
 
 from ._checks import check_bool
-from ._host.hyperparameters import check_options, check_schedule_step
+from ._host.hyperparameters import OWN_KEYS, check_options, check_schedule_step
 from .optim import FusedAdam, FusedAdamW, StepOptions
 from .scheduler import COMMON_FIELDS, CyclicLR, check_common, recover_step_sizes
 from .schedules import Cyclic
@@ -21,6 +21,7 @@ from .schedules.parts import host_function, is_triton_function
 # Allowed difference of a param group's value from its schedule: torch's formula drifts, a tensor lr is float32.
 DRIFT = 1e-6
 
+FUSED_KEYS = ("schedule", *OWN_KEYS)
 HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -86,8 +87,8 @@ def fuse(
     if isinstance(optimizer, torch.optim.AdamW):
         kind = FusedAdamW
         defaults.pop("decoupled_weight_decay")
-    # A checkpoint of a fused optimizer leaves its schedules in torch's groups, as they were.
-    groups = [{k: v for k, v in group.items() if k != "schedule"} for group in optimizer.param_groups]
+    # A checkpoint of a fused optimizer leaves its own keys in torch's groups, as they were.
+    groups = [{k: v for k, v in group.items() if k not in FUSED_KEYS} for group in optimizer.param_groups]
     for group, schedule in zip(groups, schedules, strict=True):
         if schedule.cycle_momentum:
             # The scheduler wrote the present value.
@@ -153,13 +154,18 @@ def unfuse(
     cyclic_arguments = _torch_cyclic(optimizer, step)
 
     groups = []
-    for group in optimizer.param_groups:
-        values = {key: value for key, value in group.items() if key != "schedule"}
+    for index, group in enumerate(optimizer.param_groups):
+        for key, of_torch in (("weight_decay_mode", "lr"), ("weight_decay_schedule", None)):
+            if group.get(key, of_torch) != of_torch:
+                raise ValueError(
+                    f"param_groups[{index}] has {key}={group[key]!r}, which cannot be converted: torch's AdamW has none"
+                )
+        values = {key: value for key, value in group.items() if key not in FUSED_KEYS}
         stored_lr = group.stored("lr")
         if isinstance(stored_lr, Tensor):
             values["lr"] = stored_lr
         groups.append(values | {"params": list(values["params"])})
-    defaults = {key: value for key, value in optimizer.defaults.items() if key != "schedule"}
+    defaults = {key: value for key, value in optimizer.defaults.items() if key not in FUSED_KEYS}
     kind: type[torch.optim.Adam] = torch.optim.Adam
     if isinstance(optimizer, FusedAdamW):
         kind = torch.optim.AdamW

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -114,11 +114,27 @@ class FusedAdam(FusedOptimizer):
 
 
 class FusedAdamW(FusedAdam):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): `FusedAdam` with decoupled weight decay.
+    r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): `FusedAdam` with decoupled weight decay.
+
+    A step multiplies each parameter by a factor, which the launch computes from that step's learning rate:
+
+    ============ ====================================== =====================================================
+    mode         factor                                 source
+    ============ ====================================== =====================================================
+    "lr"         ``1 - lr * weight_decay``              `torch.optim.AdamW`
+    "lr_ratio"   ``1 - lr / max_lr * weight_decay``     fully decoupled: arXiv:1711.05101, algorithm 2
+    "constant"   ``1 - weight_decay``                   the same without the schedule multiplier
+    "corrected"  ``1 - lr**2 / max_lr * weight_decay``  AdamC: Defazio 2025, arXiv:2506.02285
+    ============ ====================================== =====================================================
 
     Args:
         params: See `FusedAdam`; so are the arguments not listed here.
-        weight_decay: Decoupled weight decay, >= 0.
+        weight_decay: Decoupled weight decay, >= 0. Has no effect in a group with a ``weight_decay_schedule``.
+        weight_decay_mode: One of the modes above.
+        max_lr: For "lr_ratio" and "corrected", > 0. None: the largest learning rate of the group's schedule; without a
+            schedule the group's ``initial_lr``, which torch's schedulers set, or else its ``lr``.
+        weight_decay_schedule: A value from `fused_clr.schedules` whose learning rate is the ``weight_decay`` above, at
+            the schedule step of the learning rate. It must not drive the momentum. None: ``weight_decay`` is constant.
 
     Example:
         >>> optimizer = FusedAdamW([torch.nn.Parameter(torch.ones(3))], lr=1e-3, weight_decay=0.1)
@@ -141,26 +157,25 @@ class FusedAdamW(FusedAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         schedule: Schedule | None = None,
+        weight_decay_mode: Literal["lr", "lr_ratio", "constant", "corrected"] = "lr",
+        max_lr: float | None = None,
+        weight_decay_schedule: Schedule | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
-        if "decoupled_weight_decay" in options:
-            raise TypeError(
-                "FusedAdamW got an unexpected argument 'decoupled_weight_decay': it always decouples weight decay; "
-                "FusedAdam has both kinds"
-            )
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            schedule=schedule,
-            **options,
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+            "weight_decay_mode": weight_decay_mode,
+            "max_lr": max_lr,
+            "weight_decay_schedule": weight_decay_schedule,
+        }
+        FusedOptimizer.__init__(self, params, defaults, schedule, options)

@@ -7,17 +7,22 @@ import triton.language as tl
 BETA2 = tl.constexpr(0)
 LOG2_BETA2 = tl.constexpr(1)
 EPS = tl.constexpr(2)
-L2_DECAY = tl.constexpr(3)
-DECOUPLED_DECAY = tl.constexpr(4)
+# 1 where the weight decay is added to the gradient, else 0.
+IS_L2 = tl.constexpr(3)
+# Coefficients of 1, lr and lr**2: what decoupled weight decay is multiplied by.
+DECAY_CONSTANT = tl.constexpr(4)
+DECAY_LINEAR = tl.constexpr(5)
+DECAY_SQUARE = tl.constexpr(6)
 
 
 @triton.jit
-def adam_scalars(lr, momentum, update_step, group_row_ptr):
+def adam_scalars(lr, momentum, weight_decay, update_step, group_row_ptr):
     """What the updates of a step need (algorithm 1), in float64: in float32, ``1 - 0.9999**t`` would be off by 1e-4.
 
     Args:
         lr: float64 block. Learning rate of the update.
         momentum: float64 block. beta1 of the update.
+        weight_decay: float64 block.
         update_step: float64 block >= 1. Number of the update, counted per tensor.
         group_row_ptr: float64 pointer block to the rule's columns of the group table.
 
@@ -26,14 +31,16 @@ def adam_scalars(lr, momentum, update_step, group_row_ptr):
     """
     bias_correction1 = 1.0 - tl.exp2(update_step * tl.log2(momentum))
     bias_correction2 = 1.0 - tl.exp2(update_step * tl.load(group_row_ptr + LOG2_BETA2))
+    decay = tl.load(group_row_ptr + DECAY_LINEAR) + lr * tl.load(group_row_ptr + DECAY_SQUARE)
+    decay = tl.load(group_row_ptr + DECAY_CONSTANT) + lr * decay
     return (
         lr / bias_correction1,
         tl.sqrt(bias_correction2),
         1.0 - momentum,
         1.0 - tl.load(group_row_ptr + BETA2),
         tl.load(group_row_ptr + EPS),
-        tl.load(group_row_ptr + L2_DECAY),
-        1.0 - lr * tl.load(group_row_ptr + DECOUPLED_DECAY),
+        weight_decay * tl.load(group_row_ptr + IS_L2),
+        1.0 - weight_decay * decay,
     )
 
 

@@ -29,7 +29,15 @@ from .layout import (
     SLOT,
     TENSOR_COLUMNS,
 )
-from .schedule import GRAD_SIGN, GROUP_COLUMNS, RULE_COLUMNS, schedule_at
+from .schedule import (
+    DECAY_SCHEDULES,
+    GRAD_SIGN,
+    GROUP_COLUMNS,
+    IN_USE,
+    RULE_COLUMNS,
+    WEIGHT_DECAY,
+    schedule_at,
+)
 
 
 @triton.jit
@@ -84,10 +92,23 @@ def evaluate(
     tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
     group_id = tl.load(tensor_row_ptr + GROUP, mask=is_tensor, other=0)
     group_id = tl.where(is_group, lane.to(tl.int64), group_id)
+    group_row_ptr = group_table_ptr + group_id * GROUP_COLUMNS
 
-    lr, momentum = schedule_at(
-        step, group_id, is_group | is_tensor, group_table_ptr, settings_ptr, control_ptr + OVERRUN, SCALE_FNS
-    )
+    weight_decay = tl.load(group_row_ptr + WEIGHT_DECAY)
+    lr = weight_decay
+    momentum = weight_decay
+    # First the weight decay, where any has a schedule, then the learning rate: a loop, so that the code is there once.
+    num_schedules = tl.where((tl.load(settings_ptr + IN_USE) & DECAY_SCHEDULES) != 0, 2, 1)
+    for index in range(num_schedules):
+        weight_decay = lr
+        lr, momentum = schedule_at(
+            step,
+            group_row_ptr + (num_schedules - 1 - index) * WEIGHT_DECAY,
+            is_group | is_tensor,
+            settings_ptr,
+            control_ptr + OVERRUN,
+            SCALE_FNS,
+        )
     live_lane_ptr = live_ptr + lane
     if ADVANCE:
         applied_lr = tl.load(live_lane_ptr + NEXT_LR * num_groups, mask=is_group)
@@ -103,8 +124,7 @@ def evaluate(
         tl.store(update_steps_ptr + tensor_id, update_step, mask=is_tensor)
         tl.store(step_mirror_ptr + tensor_id, update_step.to(tl.float32), mask=is_tensor)
 
-    group_row_ptr = group_table_ptr + group_id * GROUP_COLUMNS
-    scalars = SCALARS(lr, momentum, (update_step + 1).to(tl.float64), group_row_ptr + RULE_COLUMNS)
+    scalars = SCALARS(lr, momentum, weight_decay, (update_step + 1).to(tl.float64), group_row_ptr + RULE_COLUMNS)
     tl.static_assert(len(scalars) <= SCALAR_COLUMNS - RULE_SCALARS, "a rule has too many scalars")
     row = (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
     grad_sign = tl.load(group_row_ptr + GRAD_SIGN)

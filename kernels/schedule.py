@@ -8,18 +8,20 @@ the bits of an int64.
 import triton
 import triton.language as tl
 
-# Columns of the group table, float64[num_groups, GROUP_COLUMNS]. Values of a group without a schedule; MOMENTUM also of
-# a group whose schedule does not set it:
+# Columns of the group table, float64[num_groups, GROUP_COLUMNS]. `schedule_at` reads the first four. Values of a group
+# without a schedule; MOMENTUM also of a group whose schedule does not set it:
 LR = tl.constexpr(0)
 MOMENTUM = tl.constexpr(1)
 # Integers. NUM_PARTS is 0 without a schedule.
 FIRST_PART = tl.constexpr(2)
 NUM_PARTS = tl.constexpr(3)
+# The same four columns for the weight decay, which may have a schedule of its own.
+WEIGHT_DECAY = tl.constexpr(4)
 # Float64: -1 where the group maximizes, else 1.
-GRAD_SIGN = tl.constexpr(4)
+GRAD_SIGN = tl.constexpr(8)
 # The columns of the update rule begin here.
-RULE_COLUMNS = tl.constexpr(5)
-GROUP_COLUMNS = tl.constexpr(12)
+RULE_COLUMNS = tl.constexpr(9)
+GROUP_COLUMNS = tl.constexpr(16)
 
 # First column of both tables below: where a row starts. An integer.
 START = tl.constexpr(0)
@@ -80,6 +82,8 @@ EXPONENTIAL = tl.constexpr(16)
 INVERSE_SQRT = tl.constexpr(32)
 GEOMETRIC = tl.constexpr(64)
 TABULATED = tl.constexpr(128)
+# Some group's weight decay has a schedule.
+DECAY_SCHEDULES = tl.constexpr(256)
 
 # Values of SCALING: a factor to the power of the count, 1 among others; a table; a `@triton.jit` scale_fn,
 # SCALE_FUNCTION + its index in SCALE_FNS.
@@ -290,16 +294,16 @@ def scale_at(step, cycle, part_ptr, valid, scale_table_ptr, overrun_ptr, in_use,
 
 
 @triton.jit
-def schedule_at(step, group_id, valid, group_table_ptr, settings_ptr, overrun_ptr, SCALE_FNS: tl.constexpr):
-    """Learning rate and momentum of the groups ``group_id`` at schedule step ``step``.
+def schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS: tl.constexpr):
+    """Learning rate and momentum of groups at schedule step ``step``, or what else has four such columns.
 
     Past its end a schedule holds its last value.
 
     Args:
         step: int64 scalar in [0, 2**62). The schedule step, torch's ``last_epoch``.
-        group_id: int64 block. Rows of the group table; any row where ``valid`` is false.
+        group_ptr: float64 pointer block to the columns LR, MOMENTUM, FIRST_PART and NUM_PARTS of a row of the group
+            table; of any row where ``valid`` is false.
         valid: bool block.
-        group_table_ptr: float64 pointer to [num_groups, GROUP_COLUMNS].
         settings_ptr: int64 pointer to [SETTINGS_WORDS].
         overrun_ptr: int64 pointer. See ``scale_at``.
         SCALE_FNS: See ``scale_at``.
@@ -307,7 +311,6 @@ def schedule_at(step, group_id, valid, group_table_ptr, settings_ptr, overrun_pt
     Returns:
         float64 block, the learning rate; float64 block, the momentum.
     """
-    group_ptr = group_table_ptr + group_id * GROUP_COLUMNS
     lr = tl.load(group_ptr + LR)
     momentum = tl.load(group_ptr + MOMENTUM)
     in_use = tl.load(settings_ptr + IN_USE)

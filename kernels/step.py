@@ -293,7 +293,7 @@ def step_kernel(
         counts: int32 scalar. 1: count this step and record it in the history; 0: only advance the schedule.
         advance_schedule_on_skip: int32 scalar. 1: a skipped step also advances the schedule.
         UPDATE: The rule's element update: (param, grad, states, scalar_row_ptr) -> param, states.
-        SCALARS: The rule's scalars: (lr, momentum, update_step, group_row_ptr) -> tuple.
+        SCALARS: The rule's scalars: (lr, momentum, weight_decay, update_step, group_row_ptr) -> tuple.
         NUM_STATES: State tensors of the rule.
         PARAM_DTYPE: dtype of the parameters and state tensors.
         GRAD_DTYPE: dtype of the gradients.

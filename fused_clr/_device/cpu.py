@@ -249,7 +249,15 @@ class CpuEngine(Engine):
                     params = [torch.view_as_real(param) for param in params]
                     own_grads = [torch.view_as_real(grad) for grad in own_grads]
                 index = batch.group_index
-                updates[index](params, own_grads, batch.states, batch.steps, *values[index], kernel_scale)
+                updates[index](
+                    params,
+                    own_grads,
+                    batch.states,
+                    batch.steps,
+                    *values[index],
+                    state.weight_decay[index],
+                    kernel_scale,
+                )
         state.finish_step(scale, skipped, ticks=not skipped or self._options.advance_schedule_on_skip)
 
     def tick(self) -> None:

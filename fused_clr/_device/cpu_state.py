@@ -22,6 +22,7 @@ class CpuState(EngineState):
     Attributes:
         host_step: The schedule step.
         next: Learning rate and momentum that the next step applies, by group. A new list at every step.
+        weight_decay: What the next step applies, by group.
         must_evaluate: Call `evaluate` before a step uses ``next``: a tensor lr may have changed, or a ``scale_fn``
             raised an error, which is the next step's.
         clip_coefficient: The factor that clips unscaled gradients.
@@ -79,6 +80,9 @@ class CpuState(EngineState):
         self.groups = list(groups)
         self._has_tensor_lr = any(group.tensor_lr is not None for group in groups)
         self._constants, self._timelines = constants, list(timelines.values())
+        self.weight_decay = [group.weight_decay for group in groups]
+        decays = [(index, group.weight_decay_schedule) for index, group in enumerate(groups)]
+        self._decay_schedules = [(index, schedule) for index, schedule in decays if schedule is not None]
         self._try_evaluate()
 
     def evaluate(self) -> None:
@@ -93,6 +97,8 @@ class CpuState(EngineState):
                     lr + (lr_offset + lr_span * height) * scale,
                     momentum + (offset + span * height) * scale,
                 )
+        for index, schedule in self._decay_schedules:
+            self.weight_decay[index] = schedule.lr(self.host_step)
         self.next = values
         self.must_evaluate = self._has_tensor_lr
         self._lr[:], self._momentum[:] = zip(*values, strict=True) if values else ((), ())

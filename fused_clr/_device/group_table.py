@@ -42,17 +42,22 @@ def encode_groups(groups: Sequence[GroupSettings], rule: UpdateRule) -> GroupTab
     Raises:
         ValueError: A ``scale_fn`` cannot be tabulated.
     """
-    tables = encode_schedules([group.schedule for group in groups])
+    decay_schedules = [group.weight_decay_schedule for group in groups]
+    tables = encode_schedules([group.schedule for group in groups] + decay_schedules)
+    if any(schedule is not None for schedule in decay_schedules):
+        tables = tables._replace(in_use=tables.in_use | columns.DECAY_SCHEDULES.value)
     rows = np.zeros((len(groups), columns.GROUP_COLUMNS.value))
     integers = rows.view(np.int64)
-    integers[:, columns.FIRST_PART.value] = tables.first_part
-    integers[:, columns.NUM_PARTS.value] = tables.num_parts
+    for column, values in ((columns.FIRST_PART, tables.first_part), (columns.NUM_PARTS, tables.num_parts)):
+        own, decay = values.reshape(2, len(groups))
+        integers[:, column.value], integers[:, columns.WEIGHT_DECAY.value + column.value] = own, decay
     for row, group in zip(rows, groups, strict=True):
         row[columns.LR.value] = 0.0 if isinstance(group.lr, Tensor) else group.lr
         row[columns.MOMENTUM.value] = group.momentum
+        row[columns.WEIGHT_DECAY.value] = group.weight_decay
         row[columns.GRAD_SIGN.value] = -1.0 if group.maximize else 1.0
-        own = rule.columns(group.values)
-        if len(own) > RULE_WIDTH:
-            raise ValueError(f"an update rule must have at most {RULE_WIDTH} columns, got {len(own)}")
-        row[columns.RULE_COLUMNS.value : columns.RULE_COLUMNS.value + len(own)] = own
+        of_rule = rule.columns(group.values)
+        if len(of_rule) > RULE_WIDTH:
+            raise ValueError(f"an update rule must have at most {RULE_WIDTH} columns, got {len(of_rule)}")
+        row[columns.RULE_COLUMNS.value : columns.RULE_COLUMNS.value + len(of_rule)] = of_rule
     return GroupTable(rows, tables)

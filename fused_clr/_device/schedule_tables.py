@@ -26,8 +26,8 @@ class ScheduleTables(NamedTuple):
         parts: float64[n >= 1, PART_COLUMNS]; integer columns hold the bits of an int64.
         segments: float64[n >= 1, SEGMENT_COLUMNS], likewise.
         scale_table: float64[n >= 1], the tabulated scale functions one after another.
-        first_part: int64[num_groups], the column FIRST_PART of the group table.
-        num_parts: int64[num_groups], the column NUM_PARTS of the group table.
+        first_part: int64[num_schedules], the column FIRST_PART of the group table.
+        num_parts: int64[num_schedules], the column NUM_PARTS of the group table.
         in_use: Bit set of the shapes and scalings in use; 0 if no group has a schedule.
         part_stride: First stride of the search among parts.
         segment_stride: First stride of the search among segments.
@@ -50,10 +50,10 @@ class ScheduleTables(NamedTuple):
 
 
 def encode_schedules(schedules: Sequence[Schedule | None]) -> ScheduleTables:
-    """Encodes the schedules of all groups. A schedule that several groups share is encoded once.
+    """Encodes schedules. One that occurs several times is encoded once.
 
     Args:
-        schedules: One entry per group; None for a group without a schedule.
+        schedules: None for a group without one.
 
     Raises:
         ValueError: A ``scale_fn`` cannot be tabulated.

@@ -40,6 +40,17 @@ class GroupSettings(NamedTuple):
         """``lr`` if it is a tensor and the group has no schedule, which would replace it; else None."""
         return self.lr if isinstance(self.lr, Tensor) and self.schedule is None else None
 
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay where no schedule drives it."""
+        return float(self.values.get("weight_decay", 0.0))
+
+    @property
+    def weight_decay_schedule(self) -> Schedule | None:
+        """The schedule of the weight decay: its learning rate is the weight decay."""
+        schedule: Schedule | None = self.values.get("weight_decay_schedule")
+        return schedule
+
     def tensors(self) -> list[Tensor]:
         """The other hyperparameters that are tensors: they are read when the settings are applied."""
         values = [value for key, value in self.values.items() if key not in ("lr", "params")]

@@ -67,6 +67,9 @@ def pack(
                 packed[rule.momentum_key] = rule.with_momentum(packed[rule.momentum_key], momentum)
             own = {"momentum": rule.momentum_of(group.settings().values)}
             packed["schedule"] = group.schedule.to_dict() | clock | own
+        if group.weight_decay_schedule is not None:
+            packed["weight_decay"] = group.weight_decay_schedule.lr(max(readings.schedule_step - is_ahead, 0))
+            packed["weight_decay_schedule"] = group.weight_decay_schedule.to_dict()
         for param in group.stored("params"):
             ids[id(param)] = len(ids)
             if group.stored("fused") or group.stored("capturable"):
@@ -146,6 +149,9 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
         if len(group["params"]) != len(params):
             raise ValueError(f"{name} has {len(group['params'])} parameters, the optimizer {len(params)}")
         values = {key: value for key, value in group.items() if key not in ("params", "schedule")}
+        if values.get("weight_decay_schedule") is not None:
+            key = "weight_decay_schedule"
+            values[key] = _decode(f"{name}[{key!r}]", values[key], own.weight_decay_schedule)
         checked.append({key: check_hyperparameter(key, deepcopy(value), new=False) for key, value in values.items()})
         schedule = None
         if group.get("schedule") is not None:
@@ -232,8 +238,12 @@ def _check_schedule(name: str, saved: Any, present: Schedule | None) -> tuple[Sc
         check_integer(f"{name}['updates']", saved["updates"], "an integer >= 0", lambda n: n >= 0),
     )
     values = {key: value for key, value in saved.items() if key not in Clock._fields}
+    return _decode(name, values, present), clock
+
+
+def _decode(name: str, saved: Any, present: Schedule | None) -> Schedule:
     try:
-        return Schedule.from_dict(values, present), clock
+        return Schedule.from_dict(saved, present)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} is not a saved schedule: {error}") from error
 

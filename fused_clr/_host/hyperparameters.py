@@ -18,6 +18,9 @@ MAX_HISTORY_SIZE = 10_000_000
 MAX_SCHEDULE_STEP = 2**53
 
 FLAGS = ("amsgrad", "maximize", "capturable", "decoupled_weight_decay")
+# Keys of a param group that torch's optimizers do not have. ``schedule`` is one more, with rules of its own.
+OWN_KEYS = ("weight_decay_mode", "max_lr", "weight_decay_schedule")
+WEIGHT_DECAY_MODES = ("lr", "lr_ratio", "constant", "corrected")
 FLAGS_OR_NONE = ("foreach", "fused")
 
 
@@ -100,11 +103,28 @@ def check_hyperparameter(name: str, value: Any, new: bool = True) -> Any:
         raise ValueError(
             "differentiable must be False: the fused step has no autograd formula, got differentiable=True"
         )
-    if name == "schedule" and not (value is None or isinstance(value, Schedule)):
-        raise TypeError(f"schedule must be a value from fused_clr.schedules or None, got {type(value).__name__}")
+    if name in ("schedule", "weight_decay_schedule"):
+        if not (value is None or isinstance(value, Schedule)):
+            raise TypeError(f"{name} must be a value from fused_clr.schedules or None, got {type(value).__name__}")
+        if name == "weight_decay_schedule" and value is not None:
+            _check_decay_schedule(value)
+    if name == "weight_decay_mode" and value not in WEIGHT_DECAY_MODES:
+        raise ValueError(f"weight_decay_mode must be one of {', '.join(map(repr, WEIGHT_DECAY_MODES))}, got {value!r}")
+    if name == "max_lr" and value is not None:
+        return check_number(name, value, "a finite number > 0 or None", lambda x: 0 < x < math.inf)
     if name in Options._fields:
         raise ValueError(f"{name} holds for all groups: pass it to the optimizer, not in a param group")
     return value
+
+
+def _check_decay_schedule(schedule: Schedule) -> None:
+    if schedule.drives_momentum:
+        raise ValueError(f"weight_decay_schedule must not drive the momentum, got {schedule}")
+    try:
+        schedule.lr(0)
+    except Exception as error:
+        # A user's scale_fn may raise anything; one of Triton's functions has no value on the host.
+        raise ValueError(f"weight_decay_schedule must have values on the host, got {schedule}: {error}") from error
 
 
 def _checked_betas(value: Any) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ from .._torch_internals import asked_by_distributed_checkpoint, call_with_hooks,
 from ..schedules import Schedule
 from ..telemetry import History, Live, Status
 from . import checkpoint
-from .hyperparameters import check_hyperparameter, check_max_grad_norm, check_options, check_schedule_step
+from .hyperparameters import OWN_KEYS, check_hyperparameter, check_max_grad_norm, check_options, check_schedule_step
 from .param_group import ParamGroup
 from .watched import OptimizerState
 
@@ -287,7 +287,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _make_group(self, index: int, values: dict[str, Any]) -> ParamGroup:
         """A checked group of a plain dict."""
         values = {name: check_hyperparameter(name, value) for name, value in values.items()}
-        self._check_schedules([values.get("schedule")], values["params"])
+        self._check_schedules([values.get("schedule"), values.get("weight_decay_schedule")], values["params"])
         for position, param in enumerate(values["params"]):
             if has_memory(param):
                 check_parameter(f"param_groups[{index}]['params'][{position}]", local_tensor(param))
@@ -442,6 +442,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         engines.refuse_capture("the schedule step was read")
         return int(engines.first.state.live.schedule_step)
 
+    def read_schedule_step(self) -> int:
+        """The schedule step of the values that groups show: of what was just applied, before ``scheduler.step()``."""
+        return max(self._read_schedule_step() - self._awaits_scheduler, 0)
+
     def _before_capture(self) -> None:
         """Does what a captured step needs and a capture cannot do, such as applying what was written to groups."""
         with torch.no_grad():
@@ -535,6 +539,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for group, schedule in changes:
                 group.set_schedule(schedule)
 
+    def check_schedule(self, schedule: Schedule | None) -> None:
+        """Checks that steps could evaluate a schedule."""
+        self._check_schedules([schedule])
+
     def _check_schedules(self, schedules: Iterable[Schedule | None], params: Iterable[Tensor] = ()) -> None:
         """Checks that steps could evaluate schedules, for the present parameters and ``params``."""
         # A group may be a plain dict that a user has put there.
@@ -615,7 +623,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             result = pre_hook(self, saved)
             saved = saved if result is None else result
         loaded = checkpoint.check(saved, self.param_groups, self.rule)
-        self._check_schedules(loaded.schedules)
+        self._check_schedules([*loaded.schedules, *(group.get("weight_decay_schedule") for group in loaded.groups)])
         self._ready()
         self._load_groups(loaded)
         self._load_state(loaded)
@@ -628,7 +636,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         key = self.rule.momentum_key
         for group, saved, schedule in zip(self.param_groups, loaded.groups, loaded.schedules, strict=True):
             # Older checkpoints of torch lack newer keys.
-            values = {**self.defaults, **saved, "schedule": schedule or group.schedule}
+            own = {name: group.stored(name) for name in OWN_KEYS if name in group}
+            values = {**self.defaults, **own, **saved, "schedule": schedule or group.schedule}
             values |= {name: group.stored(name) for name in ("params", "param_names") if name in group}
             if schedule is None and group.schedule is not None and group.schedule.drives_momentum:
                 # A checkpoint of torch's pair, whose momentum is the scheduler's: the group keeps its own.

@@ -35,15 +35,22 @@ class Owner(Protocol):
     def accepts_lr(self, group: ParamGroup, value: float) -> bool:
         """Whether writing ``value`` to a scheduled ``lr`` changes nothing."""
 
+    def check_schedule(self, schedule: Schedule | None) -> None:
+        """Checks that steps could evaluate a schedule."""
+
     def read_scheduled(self, group: ParamGroup) -> tuple[float, float] | None:
         """Current learning rate and momentum of ``group``; None if it is not in the optimizer (yet)."""
+
+    def read_schedule_step(self) -> int:
+        """The schedule step of the values that groups show."""
 
 
 class ParamGroup(WatchedDict):
     """An entry of ``optimizer.param_groups``.
 
     With a schedule, ``group["lr"]`` (and the momentum, if it cycles: ``group["betas"]``) is the current value, as a
-    float. Reading it synchronizes, with any method of a dict. Assigning another value raises an error.
+    float; so is ``group["weight_decay"]`` with a ``weight_decay_schedule``. Reading it synchronizes, with any method of
+    a dict. Assigning another value raises an error.
 
     Args:
         values: The group as torch has it.
@@ -65,8 +72,14 @@ class ParamGroup(WatchedDict):
         return schedule
 
     @property
+    def weight_decay_schedule(self) -> Schedule | None:
+        """The schedule of the group's weight decay."""
+        schedule: Schedule | None = self.stored("weight_decay_schedule")
+        return schedule
+
+    @property
     def scheduled_keys(self) -> tuple[str, ...]:
-        """The keys that the schedule drives."""
+        """The keys that the schedule drives: the learning rate, and perhaps the momentum."""
         if self.schedule is None:
             return ()
         key = self._rule.momentum_key
@@ -138,6 +151,9 @@ class ParamGroup(WatchedDict):
 
     def __getitem__(self, key: str) -> Any:
         stored = super().__getitem__(key)
+        if key == "weight_decay" and self.weight_decay_schedule is not None:
+            optimizer = self._owner()
+            return stored if optimizer is None else self.weight_decay_schedule.lr(optimizer.read_schedule_step())
         if key not in ("lr", self._rule.momentum_key) or key not in self.scheduled_keys:
             return stored
         optimizer = self._owner()
@@ -155,8 +171,17 @@ class ParamGroup(WatchedDict):
         if key == "schedule" and optimizer is not None:
             optimizer.change_schedule(self, value)
             return
+        if key == "weight_decay_schedule" and optimizer is not None:
+            optimizer.check_schedule(value)
         if key in self.scheduled_keys:
             self._write_scheduled(key, value)
+            return
+        if key == "weight_decay" and self.weight_decay_schedule is not None:
+            if float(value) != self[key]:
+                raise RuntimeError(
+                    f"param_group['weight_decay'] cannot be set: {self.weight_decay_schedule} drives it in this group. "
+                    "Assign another param_group['weight_decay_schedule'], or None"
+                )
             return
         if key == "params":
             value = WatchedList(value, partial(self.on_change, key))

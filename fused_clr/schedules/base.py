@@ -81,6 +81,11 @@ class Schedule(ABC):
         return float(self.parts()[0].segments[0].lr[0])
 
     @property
+    def largest_lr(self) -> float:
+        """The largest learning rate of any segment, before scaling: the peak of all families here."""
+        return max(float(lr) for part in self.parts() for segment in part.segments for lr in segment.lr)
+
+    @property
     def momentum_bounds(self) -> tuple[float, float]:
         """What torch's schedulers call ``base_momentum`` and ``max_momentum``: where the first segment ends and starts.
 

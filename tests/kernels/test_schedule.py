@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fused_clr._device.schedule_tables import encode_schedules
 from fused_clr.kernels import schedule as columns
-from fused_clr.kernels.schedule import schedule_at
+from fused_clr.kernels.schedule import GROUP_COLUMNS, schedule_at
 from fused_clr.reference import exact_lr, exact_momentum
 from fused_clr.schedules import Cyclic, Part, Schedule, Segment, Shape, sequence
 
@@ -54,7 +54,8 @@ def evaluate_kernel(
     valid = group_id < num_groups
     step = tl.load(steps_ptr + tl.program_id(0))
     group_id = tl.where(valid, group_id, 0)
-    lr, momentum = schedule_at(step, group_id, valid, group_table_ptr, settings_ptr, overrun_ptr, SCALE_FNS)
+    group_ptr = group_table_ptr + group_id * GROUP_COLUMNS
+    lr, momentum = schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS)
     row_ptr = out_ptr + tl.program_id(0) * 2 * num_groups
     tl.store(row_ptr + group_id, lr, mask=valid)
     tl.store(row_ptr + num_groups + group_id, momentum, mask=valid)

@@ -11,12 +11,33 @@ from torch import Tensor
 
 from .base import CpuUpdate, UpdateRule
 
+# Below this learning rate, the decay over the learning rate may overflow.
+TINY_LR = 1e-30
+
+
+def _decay_coefficients(values: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Coefficients of 1, lr and lr**2: what decoupled weight decay is multiplied by, see `FusedAdamW`."""
+    mode = values.get("weight_decay_mode", "lr")
+    if not values["decoupled_weight_decay"]:
+        return 0.0, 0.0, 0.0
+    if mode == "constant":
+        return 1.0, 0.0, 0.0
+    if mode == "lr":
+        return 0.0, 1.0, 0.0
+    max_lr = values["max_lr"]
+    if max_lr is None:
+        schedule = values["schedule"]
+        max_lr = values.get("initial_lr", values["lr"]) if schedule is None else schedule.largest_lr
+    # A learning rate that is always 0 decays nothing.
+    inverse = 1.0 / float(max_lr) if max_lr else 0.0
+    return (0.0, inverse, 0.0) if mode == "lr_ratio" else (0.0, 0.0, inverse)
+
 
 def _columns(values: Mapping[str, Any]) -> tuple[float, ...]:
     beta2 = float(values["betas"][1])
-    decay, decoupled = float(values["weight_decay"]), values["decoupled_weight_decay"]
     log2_beta2 = math.log2(beta2) if beta2 > 0 else -math.inf
-    return beta2, log2_beta2, float(values["eps"]), 0.0 if decoupled else decay, decay if decoupled else 0.0
+    is_l2 = 0.0 if values["decoupled_weight_decay"] else 1.0
+    return beta2, log2_beta2, float(values["eps"]), is_l2, *_decay_coefficients(values)
 
 
 def _kernels() -> tuple[Any, Any]:
@@ -27,8 +48,11 @@ def _kernels() -> tuple[Any, Any]:
 
 def _cpu_update(values: Mapping[str, Any], maximize: bool) -> CpuUpdate:
     function: Any = torch._fused_adamw_ if values["decoupled_weight_decay"] else torch._fused_adam_
-    beta2, eps, weight_decay = float(values["betas"][1]), float(values["eps"]), float(values["weight_decay"])
+    beta2, eps = float(values["betas"][1]), float(values["eps"])
     amsgrad = bool(values["amsgrad"])
+    constant, linear, square = _decay_coefficients(values)
+    # Otherwise torch's kernel multiplies the weight decay by what it must.
+    own_decay = (constant, linear, square) not in ((0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
 
     def update(
         params: Sequence[Tensor],
@@ -37,8 +61,17 @@ def _cpu_update(values: Mapping[str, Any], maximize: bool) -> CpuUpdate:
         steps: list[Tensor],
         lr: float,
         momentum: float,
+        weight_decay: float,
         grad_scale: Tensor | None,
     ) -> None:
+        if own_decay:
+            decay = weight_decay * (constant + lr * (linear + lr * square))
+            if abs(lr) > TINY_LR:
+                # Torch's kernel multiplies by lr.
+                weight_decay = decay / lr
+            else:
+                torch._foreach_mul_(list(params), 1.0 - decay)
+                weight_decay = 0.0
         # All by name: no dict of arguments is made, which 64 groups would feel.
         function(
             params,

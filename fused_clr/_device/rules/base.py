@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# (params, grads, states, steps, lr, momentum, grad_scale): updates in place. ``states`` has one list for each key.
-# The gradients are divided by ``grad_scale``, float32[], if there is one, in float32; the quotients may be written into
-# them.
+# (params, grads, states, steps, lr, momentum, weight_decay, grad_scale): updates in place. ``states`` has one list for
+# each key. The gradients are divided by ``grad_scale``, float32[], if there is one, in float32; the quotients may be
+# written into them.
 CpuUpdate = Callable[
-    [Sequence[Tensor], Sequence[Tensor], Sequence[list[Tensor]], list[Tensor], float, float, Tensor | None], None
+    [Sequence[Tensor], Sequence[Tensor], Sequence[list[Tensor]], list[Tensor], float, float, float, Tensor | None], None
 ]
 
 

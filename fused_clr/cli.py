@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from fused_clr.schedules import Cyclic
+from fused_clr import schedules
+from fused_clr.schedules import Cyclic, Schedule
 from fused_clr.schedules.cyclic import MAX_LOG_AMPLITUDE
 
 # One float64 for each step is held in memory and drawn.
 MOST_STEPS = 10_000_000
+# Of a schedule without an end.
+DEFAULT_STEPS = 12_000
+
+# What an expression may call.
+SCHEDULES = [name for name in schedules.__all__ if name not in ("Part", "Scaling", "Schedule", "Segment", "Shape")]
+# Arguments of `Cyclic`, and options of ``plot``.
+CYCLIC_OPTIONS = (
+    *("mode", "base_lr", "max_lr", "step_size_up", "step_size_down", "gamma"),
+    *("cycle_momentum", "base_momentum", "max_momentum"),
+)
 
 # The largest seed that torch's generators take.
 MAX_SEED = 2**64 - 1
@@ -40,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
         >>> main(["plot", "--mode", "triangular2", "--step-size-up", "500", "--out", "out/curve.png"])  # doctest: +SKIP
+        0
+        >>> main(["plot", "warmup(100, then=Cosine(1e-3, 0, steps=900))"])  # doctest: +SKIP
         0
     """
     try:
@@ -87,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_run_demo, packages=" ".join(OPTIONAL_MODULES.values()))
 
     plot = commands.add_parser("plot", help="draw a schedule", formatter_class=formatter)
+    plot.add_argument(
+        "schedule", nargs="?", help="as in Python, 'OneCycle(1e-3, 5000)'; Cyclic of the options when absent"
+    )
     plot.add_argument("--mode", choices=("triangular", "triangular2", "exp_range"), default="triangular", help="shape")
     plot.add_argument("--base-lr", type=float, default=2.5e-4, help="learning rate at a cycle's ends")
     plot.add_argument("--max-lr", type=float, default=1e-3, help="learning rate at the first peak")
@@ -96,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--cycle-momentum", action="store_true", help="draw the momentum (Adam's beta1) too")
     plot.add_argument("--base-momentum", type=float, default=0.8, help="momentum at max learning rate")
     plot.add_argument("--max-momentum", type=float, default=0.9, help="momentum at base learning rate")
-    plot.add_argument("--steps", type=count, default=12_000, help=f"steps to draw, at most {MOST_STEPS:,}")
+    plot.add_argument("--steps", type=count, help=f"steps to draw, at most {MOST_STEPS:,}; to its end when absent")
     plot.add_argument("--out", type=_picture, default=Path("out/schedule.png"), help="picture to write")
-    plot.set_defaults(run=_run_plot, packages="matplotlib", error=plot.error)
+    plot.set_defaults(run=_run_plot, packages="matplotlib", error=plot.error, default_of=plot.get_default)
     return parser
 
 
@@ -112,27 +130,55 @@ def _run_plot(options: argparse.Namespace) -> None:
     from fused_clr import plotting
 
     try:
-        schedule = Cyclic(
-            base_lr=options.base_lr,
-            max_lr=options.max_lr,
-            step_size_up=options.step_size_up,
-            step_size_down=options.step_size_down,
-            mode=options.mode,
-            gamma=options.gamma,
-            cycle_momentum=options.cycle_momentum,
-            base_momentum=options.base_momentum,
-            max_momentum=options.max_momentum,
-        )
-    except ValueError as error:
-        options.error(str(error))
-    steps = np.arange(options.steps)
-    if options.mode == "exp_range" and (options.steps - 1) * math.log(options.gamma or 1.0) > MAX_LOG_AMPLITUDE:
-        options.error(f"gamma={options.gamma:g} overflows within {options.steps:,} steps")
-    lr = schedule.lr(steps)
-    momentum = schedule.momentum(steps) if options.cycle_momentum else None
+        if options.schedule is None:
+            schedule: Schedule = Cyclic(**{name: getattr(options, name) for name in CYCLIC_OPTIONS})
+        else:
+            schedule = _read_schedule(options.schedule)
+    except (SyntaxError, TypeError, ValueError) as error:
+        options.error(f"schedule: {error}" if options.schedule else str(error))
+    for name in CYCLIC_OPTIONS if options.schedule else ():
+        if getattr(options, name) != options.default_of(name):
+            options.error(f"--{name.replace('_', '-')} is not allowed with a schedule")
+    steps = options.steps or min(DEFAULT_STEPS if schedule.end == math.inf else int(schedule.end) + 1, MOST_STEPS)
+    if options.mode == "exp_range" and (steps - 1) * math.log(options.gamma or 1.0) > MAX_LOG_AMPLITUDE:
+        options.error(f"gamma={options.gamma:g} overflows within {steps:,} steps")
+    lr = schedule.lr(np.arange(steps))
+    momentum = schedule.momentum(np.arange(steps)) if schedule.drives_momentum else None
     title = f"{options.mode}: {options.base_lr:g} to {options.max_lr:g}, {options.step_size_up:g} steps up"
-    plotting.save(plotting.schedule_figure(lr, momentum, title), options.out)
-    print(f"{options.steps:,} steps drawn to {options.out}")
+    plotting.save(plotting.schedule_figure(lr, momentum, options.schedule or title), options.out)
+    print(f"{steps:,} steps drawn to {options.out}")
+
+
+def _read_schedule(text: str) -> Schedule:
+    """A schedule from its Python expression: calls of SCHEDULES and of ``scaled``, with literals.
+
+    Raises:
+        SyntaxError: It is no expression.
+        TypeError: An argument is missing or unknown.
+        ValueError: It is another expression, or a value is not allowed.
+    """
+
+    def read(node: ast.expr) -> Any:
+        if not isinstance(node, ast.Call):
+            try:
+                return ast.literal_eval(node)
+            except ValueError:
+                raise ValueError(f"{ast.unparse(node)} is neither a value nor a schedule") from None
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "scaled":
+            function = schedule(node.func.value).scaled
+        elif isinstance(node.func, ast.Name) and node.func.id in SCHEDULES:
+            function = getattr(schedules, node.func.id)
+        else:
+            raise ValueError(f"{ast.unparse(node.func)} is not one of {', '.join(SCHEDULES)}")
+        return function(*map(read, node.args), **{str(keyword.arg): read(keyword.value) for keyword in node.keywords})
+
+    def schedule(node: ast.expr) -> Schedule:
+        value = read(node) if isinstance(node, ast.Call) else None
+        if not isinstance(value, Schedule):
+            raise ValueError(f"{ast.unparse(node)} is not a call of one of {', '.join(SCHEDULES)}")
+        return value
+
+    return schedule(ast.parse(text.strip(), mode="eval").body)
 
 
 def _whole_number(least: int, most: int) -> Callable[[str], int]:

@@ -1,8 +1,13 @@
-"""The figures of the command line. Drawn without pyplot, so that no window system and no global state is involved."""
+"""The figures of the command line, and the gallery of schedules: ``python -m fused_clr.plotting [docs/schedules.png]``.
+
+Drawn without pyplot, so that no window system and no global state is involved.
+"""
 
 from __future__ import annotations
 
 import io
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +17,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
+
+from .schedules import (
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Cyclic,
+    Exponential,
+    InverseSqrt,
+    Linear,
+    OneCycle,
+    Polynomial,
+    Schedule,
+    WarmupStableDecay,
+    sequence,
+    warmup,
+)
 
 DOTS_PER_INCH = 120
 OURS, TORCH_PALE, MOMENTUM = "#d1495b", "#a9c3dc", "#30638e"
@@ -50,6 +71,51 @@ def schedule_figure(lr: NDArray[np.float64], momentum: NDArray[np.float64] | Non
     panels[-1].set_xlabel("schedule step")
     panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     figure.suptitle(title)
+    return figure
+
+
+def gallery() -> dict[str, Schedule]:
+    """An example of each family and combinator, under its expression."""
+    return {
+        "Constant(1e-3)": Constant(1e-3),
+        "Linear(1e-3, 0, 700)": Linear(1e-3, 0, 700),
+        "Exponential(1e-3, 1e-5, 700)": Exponential(1e-3, 1e-5, 700),
+        "Polynomial(1e-3, 0, 700, power=2)": Polynomial(1e-3, 0, 700, power=2),
+        "Cosine(1e-3, 1e-4, 700)": Cosine(1e-3, 1e-4, 700),
+        "CosineRestarts(1e-3, 100, T_mult=2)": CosineRestarts(1e-3, 100, T_mult=2),
+        "InverseSqrt(1e-3, 100)": InverseSqrt(1e-3, 100),
+        "WarmupStableDecay(1e-3, 100, 400, 200)": WarmupStableDecay(1e-3, 100, 400, 200),
+        "OneCycle(1e-3, 700)": OneCycle(1e-3, 700),
+        "OneCycle(..., three_phase=True)": OneCycle(1e-3, 700, three_phase=True),
+        "Cyclic(1e-4, 1e-3, 100)": Cyclic(1e-4, 1e-3, 100),
+        "Cyclic(..., mode='triangular2')": Cyclic(1e-4, 1e-3, 100, mode="triangular2"),
+        "Cyclic(..., mode='exp_range')": Cyclic(1e-4, 1e-3, 100, mode="exp_range", gamma=0.998),
+        "warmup(100, then=Cosine(...))": warmup(100, then=Cosine(1e-3, 0, 600)),
+        "sequence(OneCycle(...), Constant(...))": sequence(OneCycle(1e-3, 400), Constant(2e-4), milestones=[500]),
+    }
+
+
+def gallery_figure(schedules: dict[str, Schedule], steps: int) -> Figure:
+    """Small figures of schedules, three in a row: the learning rate, and the momentum where it is driven.
+
+    Args:
+        schedules: From titles.
+        steps: Steps to draw.
+    """
+    rows = -(-len(schedules) // 3)
+    figure = _figure(12, 2.2 * rows)
+    panels = figure.subplots(rows, 3, sharex=True, squeeze=False).flat
+    for axes, (title, schedule) in zip(panels, schedules.items(), strict=False):
+        axes.plot(1e3 * schedule.lr(np.arange(steps)), color=OURS, linewidth=1.6)
+        axes.set_ylim(0, 1.1)
+        _label(axes, "", "")
+        axes.set_title(title, fontsize=9, family="monospace")
+        if schedule.drives_momentum:
+            right = axes.twinx()
+            right.plot(schedule.momentum(np.arange(steps)), color=MOMENTUM, linewidth=1.2, linestyle="--")
+            right.set_ylim(0.7, 1.0)
+            right.spines[["top"]].set_visible(False)
+    figure.suptitle("learning rate in 1e-3 (left axis) and momentum (dashed, right axis) by schedule step")
     return figure
 
 
@@ -117,3 +183,13 @@ def _label(axes: Axes, x: str, y: str, title: str = "") -> None:
 
 def _epochs(run: Training) -> range:
     return range(1, len(run.accuracies) + 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draws the gallery into the file that the first argument names, or ``docs/schedules.png``."""
+    given = sys.argv[1:] if arguments is None else arguments
+    save(gallery_figure(gallery(), 800), Path(given[0] if given else "docs/schedules.png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ import torch
 from matplotlib.image import imread
 
 import fused_clr
-from fused_clr import cli, plotting
+from fused_clr import cli, plotting, schedules
 from tests.helpers.pictures import width_drawn
 
 
@@ -37,6 +37,19 @@ def test_plot_draws_what_was_asked(tmp_path):
         ["--cycle-momentum"],
         ["--cycle-momentum", "--base-momentum", "0.5"],
         ["--cycle-momentum", "--max-momentum", "0.99"],
+        ["Constant(1e-3)"],
+        ["Linear(0, 1e-3, steps=900)"],
+        ["Exponential(1e-3, 1e-5, 900)"],
+        ["Polynomial(1e-3, 0, 900, power=2)"],
+        ["Cosine(1e-3, 0, 900)"],
+        ["OneCycle(max_lr=1e-3, total_steps=900)"],
+        ["CosineRestarts(1e-3, 900, T_mult=2)"],
+        ["InverseSqrt(1e-3, 900)"],
+        ["WarmupStableDecay(1e-3, 90, 600, 210, decay='cosine')"],
+        ["Cyclic(1e-4, 1e-3, 90)", "--steps", "900"],
+        ["warmup(90, then=Cosine(1e-3, 0, 900))"],
+        ["sequence(Linear(0, 1e-3, 90), Constant(1e-3), milestones=[90])"],
+        ["sequence(Linear(0, 1e-3, 90), CosineRestarts(1e-3, 900).scaled(0.5))"],
     ]
     pictures = set()
     for number, option in enumerate(options):
@@ -62,6 +75,18 @@ def test_plot_draws_what_was_asked(tmp_path):
         (["plot", "--mode", "exp_range", "--gamma", "1.1"], "gamma=1.1 overflows within 12,000 steps"),
         (["plot", "--base-momentum", "-0.1"], "base_momentum"),
         (["plot", "--max-momentum", "1"], "max_momentum"),
+        (
+            ["plot", "OneCycle(1e-3)"],
+            "OneCycle.__init__() missing 1 required positional argument: 'total_steps'",
+        ),
+        (["plot", "OneCycle(1e-3, 0)"], "schedule: total_steps must be an integer"),
+        (["plot", "OneCycle(1e-3, n)"], "schedule: n is neither a value nor a schedule"),
+        (["plot", "OneCycle(1e-3"], "schedule: '(' was never closed"),
+        (["plot", "Sine(1e-3, 10)"], "schedule: Sine is not one of Constant, Cosine, "),
+        (["plot", "3"], "schedule: 3 is not a call of one of Constant, Cosine, "),
+        (["plot", "3 .scaled(2)"], "schedule: 3 is not a call of one of Constant, Cosine, "),
+        (["plot", "open('x')"], "schedule: open is not one of Constant, Cosine, "),
+        (["plot", "Constant(1e-3)", "--max-lr", "2e-3"], "--max-lr is not allowed with a schedule"),
         (["plot", "--steps", "0"], "--steps"),
         (["plot", "--steps", "1e3"], "--steps"),
         (["plot", "--steps", "10000000000"], "--steps"),
@@ -112,6 +137,27 @@ def test_missing_package_names_what_to_install(command, module, packages, capsys
 def test_every_seed_that_the_parser_takes_is_one_for_torch(capsys):
     options = cli._parser().parse_args(["demo", "--seed", str(2**64 - 1)])
     torch.Generator().manual_seed(options.seed)
+
+
+def test_plot_draws_a_schedule_to_its_end(tmp_path, capsys):
+    out = str(tmp_path / "curve.png")
+    for schedule, steps in (
+        ("Linear(0, 1e-3, 70)", "71"),
+        ("CosineRestarts(1e-3, 70)", "12,000"),
+        ("Constant(1e-3)", "2"),
+    ):
+        assert cli.main(["plot", schedule, "--out", out]) == 0
+        assert f"{steps} steps drawn" in capsys.readouterr().out
+
+
+def test_the_gallery_is_drawn(tmp_path):
+    out = tmp_path / "schedules.png"
+    plotting.main([str(out)])
+    assert width_drawn(out, plotting.OURS) > 0.5
+    assert width_drawn(out, plotting.MOMENTUM) > 0.3
+    titles = " ".join(plotting.gallery())
+    for name in set(schedules.__all__) - {"Part", "Scaling", "Schedule", "Segment", "Shape"}:
+        assert name in titles, name
 
 
 @pytest.mark.parametrize("command", ["plot", "demo"])

@@ -229,17 +229,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         return None if index < 0 else self._read_lr_and_momentum()[index]
 
     def accepts_lr(self, group: ParamGroup, value: float) -> bool:
-        """Whether writing ``value`` to a scheduled ``lr`` changes nothing."""
+        """Whether ``value`` may be written to a scheduled ``lr``: it is the current one, or an assigned epoch's."""
         if value == group["lr"]:
             return True
-        if self._assigned_epoch is None:
+        epoch = self._assigned_epoch
+        if epoch is None or epoch < 0 or group.schedule is None:
             return False
-        # A loop that counts ``last_epoch`` itself, as ignite's does, writes what comes next by the closed form. The
-        # groups then show it, as after a scheduler step.
-        with self._one_copy(applied=False):
-            is_next = math.isclose(value, group["lr"], rel_tol=CLOSED_FORM_TOLERANCE)
-        self._awaits_scheduler = self._awaits_scheduler and not is_next
-        return is_next
+        # A loop that counts ``last_epoch`` itself, as ignite's does: what it writes is what torch's scheduler would.
+        if not math.isclose(value, group.schedule.lr(epoch), rel_tol=CLOSED_FORM_TOLERANCE):
+            return False
+        self.set_schedule_step(epoch)
+        self._assigned_epoch = epoch
+        return True
 
     def _read_lr_and_momentum(self) -> list[tuple[float, float]]:
         """Learning rate and momentum of every group, as the groups show them, in one copy."""

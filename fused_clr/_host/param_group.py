@@ -33,7 +33,7 @@ class Owner(Protocol):
         """Checks a schedule and gives it to ``group``."""
 
     def accepts_lr(self, group: ParamGroup, value: float) -> bool:
-        """Whether writing ``value`` to a scheduled ``lr`` changes nothing."""
+        """Whether ``value`` may be written to a scheduled ``lr``."""
 
     def check_schedule(self, schedule: Schedule | None) -> None:
         """Checks that steps could evaluate a schedule."""

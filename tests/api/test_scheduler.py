@@ -194,6 +194,15 @@ def test_a_loop_that_counts_last_epoch_itself(backend: str, schedule_case: Sched
         )
         assert mine == pytest.approx(torchs, rel=1e-12)
     assert_same_params(*pairs, rtol=1e-5, atol=1e-6)
+    # As a simulation does: no step in between.
+    for pair in pairs:
+        for _ in range(3):
+            write_and_count(pair.scheduler)
+        pair.optimizer.step()
+    assert [group["lr"] for group in pairs[0].optimizer.param_groups] == pytest.approx(
+        [group["lr"] for group in pairs[1].optimizer.param_groups], rel=1e-12
+    )
+    assert_same_params(*pairs, rtol=1e-5, atol=1e-6)
     # And no other value.
     with pytest.raises(RuntimeError, match=r"\['lr'\] cannot be set"):
         pairs[0].optimizer.param_groups[0]["lr"] = 0.123

@@ -148,7 +148,7 @@ class CpuEngine(Engine):
 
     def _build_plan(self, grads: list[Tensor | None]) -> tuple[CpuPlan, list[Tensor]]:
         """Checks parameters, gradients and state, creates missing state, and sorts the tensors into batches."""
-        self.parameters.check(grads)
+        self.parameters.check(grads, self._options.write_back_grads)
         active = [index for index, grad in enumerate(grads) if grad is not None]
         for index in active:
             self.moments.check(index)

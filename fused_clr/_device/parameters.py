@@ -69,8 +69,12 @@ class Parameters:
         self.tensors = present
         return True
 
-    def check(self, grads: Sequence[Tensor | None]) -> None:
+    def check(self, grads: Sequence[Tensor | None], writes_grads: bool) -> None:
         """Checks that the parameters can still be stepped, and that the gradients can update them.
+
+        Args:
+            grads: One entry per parameter; None where it has none.
+            writes_grads: The step writes into the gradients.
 
         Raises:
             ParametersMovedError: A parameter is on another device.
@@ -82,7 +86,7 @@ class Parameters:
         for record, param, grad in zip(self.records, self.tensors, grads, strict=True):
             if grad is not None:
                 check_parameter(record.name, param)
-                check_gradient(record.name, param, grad)
+                check_gradient(record.name, param, grad, writes_grads)
 
     def names(self, indices: Sequence[int]) -> str:
         """The names of these parameters, for messages."""

@@ -43,6 +43,16 @@ def same_layout(first: Tensor, second: Tensor) -> bool:
     return all(a == b or size <= 1 for a, b, size in pairs) or first.numel() <= 1
 
 
+def shares_elements(tensor: Tensor) -> bool:
+    """Whether several elements may be in one place of memory, as those of an expanded tensor are."""
+    span = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(tensor.stride(), tensor.shape, strict=True) if sz != 1):
+        if stride < span:
+            return tensor.numel() > 0
+        span += stride * (size - 1)
+    return False
+
+
 def is_resolved(tensor: Tensor) -> bool:
     """Whether memory holds the tensor's values: neither its conj nor its neg bit is set."""
     return not (tensor.is_conj() or tensor.is_neg())
@@ -90,16 +100,18 @@ def check_parameter(name: str, param: Tensor) -> None:
         )
 
 
-def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+def check_gradient(name: str, param: Tensor, grad: Tensor, writes: bool) -> None:
     """Checks that ``grad`` can update ``param``.
 
     Args:
         name: The parameter's name in error messages.
         param: The parameter.
         grad: Its gradient.
+        writes: The step writes into the gradient.
 
     Raises:
-        RuntimeError: It is sparse, or its device, shape or kind of dtype differs from the parameter's.
+        RuntimeError: It is sparse, or its device, shape or kind of dtype differs from the parameter's; or it cannot be
+            written.
     """
     if grad.layout != torch.strided:
         raise RuntimeError(
@@ -113,6 +125,11 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         )
     if grad.is_complex() != param.is_complex() or not (grad.is_floating_point() or grad.is_complex()):
         raise RuntimeError(f"the gradient of {name} ({param.dtype}) cannot have dtype {grad.dtype}")
+    if writes and shares_elements(grad):
+        raise RuntimeError(
+            f"the gradient of {name} cannot be written, as write_back_grads=True asks: several of its elements share "
+            f"memory, got shape {tuple(grad.shape)} with strides {grad.stride()}; clone() it"
+        )
 
 
 def upload(array: NDArray[Any], device: torch.device, out: Tensor | None = None) -> Tensor:

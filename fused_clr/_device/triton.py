@@ -132,7 +132,7 @@ class TritonEngine(Engine):
 
     def _build_plan(self, grads: list[Tensor | None]) -> tuple[StepPlan, list[Tensor]]:
         """Checks parameters, gradients and state, creates missing state, and allocates tables."""
-        self.parameters.check(grads)
+        self.parameters.check(grads, self._options.write_back_grads)
         active = [index for index, grad in enumerate(grads) if grad is not None]
         for index in active:
             self.moments.check(index)

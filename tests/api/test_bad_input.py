@@ -110,13 +110,16 @@ def sparse(shape: torch.Size) -> torch.Tensor:
         (lambda p: setattr(p.grad, "data", torch.ones(7)), r"gradient of .*shape \(5, 3\), got \(7,\)"),
         (lambda p: setattr(p.grad, "data", torch.ones(15)), r"gradient of .*shape \(5, 3\), got \(15,\)"),
         (lambda p: setattr(p, "grad", torch.ones(5, 3, device="meta")), "gradient of .*on cpu .* got meta|device"),
+        (lambda p: setattr(p, "grad", torch.ones(3).expand(5, 3)), r"gradient of .*cannot be written.*strides \(0, 1\)"),
+        (lambda p: setattr(p, "grad", torch.ones(9).as_strided((5, 3), (1, 2))), r"gradient of .*cannot be written"),
     ],
-    ids=["sparse", "smaller", "flat", "device"],
+    ids=["sparse", "smaller", "flat", "device", "expanded", "overlapping"],
 )
 @pytest.mark.parametrize("warm", [False, True], ids=["first-step", "later-step"])
 def test_gradients(backend: str, replace: Any, message: str, warm: bool) -> None:
     params = [parameter(4), parameter(5, 3)]
-    optimizer = FusedAdam([{"params": params[:1]}, {"params": params[1:]}], schedule=Cyclic(0.1, 0.2, 5))
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = FusedAdam(groups, schedule=Cyclic(0.1, 0.2, 5), write_back_grads=True)
     for param in params:
         param.grad = torch.ones_like(param)
     if warm:

@@ -142,19 +142,39 @@ def test_complex_parameters(backend: str, optimizer_case: OptimizerCase) -> None
 
 
 @by_optimizer
-def test_float32_parameters_with_bfloat16_gradients(backend: str, optimizer_case: OptimizerCase) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_gradients_of_another_dtype(backend: str, optimizer_case: OptimizerCase, dtype: torch.dtype) -> None:
+    """Torch itself raises an error: it is given them as float32."""
     param, twin = (torch.nn.Parameter(torch.ones(300)) for _ in range(2))
     param.grad_dtype = None
     optimizer, torch_optimizer = optimizer_case.ours([param], lr=0.1), optimizer_case.torch_peer([twin], lr=0.1)
     generator = torch.Generator().manual_seed(0)
     for number in range(20):
-        gradient = torch.randn(300, generator=generator).bfloat16()
+        gradient = torch.randn(300, generator=generator).to(dtype)
         # The dtype may change from step to step.
         param.grad = gradient if number % 4 else gradient.float()
         twin.grad = gradient.float()
         optimizer.step()
         torch_optimizer.step()
     torch.testing.assert_close(param, twin, rtol=AFTER_STEPS[torch.float32].rtol, atol=AFTER_STEPS[torch.float32].atol)
+
+
+@by_optimizer
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_expanded_gradients(backend: str, optimizer_case: OptimizerCase, factor: float) -> None:
+    results = []
+    for kind in (optimizer_case.ours, optimizer_case.torch_peer):
+        param = torch.nn.Parameter(torch.ones(5, 3))
+        is_ours = kind is optimizer_case.ours
+        optimizer = kind([param], lr=0.1, **({"max_grad_norm": factor} if is_ours else {}))
+        for _ in range(5):
+            param.grad = torch.linspace(-1, 1, 3).expand(5, 3)
+            if not is_ours:
+                param.grad = param.grad.clone()
+                torch.nn.utils.clip_grad_norm_([param], factor)
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
 
 
 # The interpreter's numpy says when infinities meet.

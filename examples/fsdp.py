@@ -69,8 +69,8 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     train(arguments.steps, arguments.folder)
-    # With nothing left that refers to it, the group ends its threads: a thread of gloo that still frees a tensor while the
-    # interpreter ends aborts the process (torch 2.13). DTensor's caches refer to it too.
+    # With nothing left that refers to it, the group ends its threads: a thread of gloo that still frees a tensor while
+    # the interpreter ends aborts the process (torch 2.13). DTensor's caches refer to it too.
     _clear_sharding_prop_cache()
     gc.collect()
     dist.destroy_process_group()

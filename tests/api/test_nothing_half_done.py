@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import re
 import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.optim import lr_scheduler
 
 from fused_clr import CyclicLR, FusedAdam
 from fused_clr.schedules import Cyclic
+from fused_clr.testing import record_launches
 from tests.helpers.pairs import make_pair, train
 
 
@@ -173,16 +175,97 @@ def test_an_optimizer_goes_to_a_spawned_process() -> None:
     assert queue.get() == [1.0]
 
 
-def test_an_optimizer_is_freed_without_the_garbage_collector(backend: str) -> None:
-    _, optimizer = stepped()
-    gc.collect()
+# What a loop does with an optimizer before it drops it. Each is given a scheduler too.
+def loads(optimizer: Any, scheduler: Any) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    scheduler.load_state_dict(scheduler.state_dict())
+    optimizer.step()
+
+
+def records(optimizer: Any, scheduler: Any) -> None:
+    with record_launches() as graph:
+        optimizer.step()
+    graph.replay()
+    optimizer.captures[0].release()
+
+
+def keeps_a_record(optimizer: Any, scheduler: Any) -> None:
+    with record_launches():
+        optimizer.step()
+
+
+def raises_in_a_step(optimizer: Any, scheduler: Any) -> None:
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+
+
+USES: dict[str, Any] = {
+    "nothing": lambda optimizer, scheduler: None,
+    "steps": lambda optimizer, scheduler: (optimizer.step(), scheduler.step(), optimizer.step(lambda: None)),
+    "loads": loads,
+    "copies": lambda optimizer, scheduler: (copy.deepcopy(optimizer).step(), pickle.loads(pickle.dumps(optimizer))),
+    "reads": lambda optimizer, scheduler: (repr(optimizer), optimizer.param_groups[0]["lr"], scheduler.get_last_lr()),
+    "adds-group": lambda optimizer, scheduler: optimizer.add_param_group(
+        {"params": [torch.nn.Parameter(torch.ones(2))]}
+    ),
+    "replaces-state": lambda optimizer, scheduler: setattr(optimizer, "state", dict(optimizer.state)),
+    "error": raises_in_a_step,
+}
+OUR_USES: dict[str, Any] = {
+    "telemetry": lambda optimizer, scheduler: (optimizer.status(), optimizer.history(), optimizer.live),
+    "schedule": lambda optimizer, scheduler: (optimizer.set_schedule(None), optimizer.set_schedule_step(3)),
+    "records": records,
+    "keeps-a-record": keeps_a_record,
+}
+
+
+def living() -> list[str]:
+    """The tensors and objects of ours that the garbage collector knows."""
+    kinds = (type(thing) for thing in gc.get_objects())
+    return [str(kind) for kind in kinds if issubclass(kind, torch.Tensor) or "fused_clr" in str(kind.__module__)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [*product([torch.optim.Adam], USES), *product([FusedAdam], USES | OUR_USES)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_dropped_optimizers_are_freed_without_the_garbage_collector(backend: str, kind: Any, use: str) -> None:
+    if use in ("records", "keeps-a-record") and backend == "cpu":
+        pytest.skip("the cpu backend launches nothing")
+
+    def train_and_drop() -> list[Any]:
+        param = torch.nn.Parameter(torch.ones(5))
+        optimizer = kind([param], lr=0.1, **({"max_grad_norm": 1.0} if kind is FusedAdam else {}))
+        scheduler = (CyclicLR if kind is FusedAdam else lr_scheduler.CyclicLR)(optimizer, 0.1, 0.2)
+        param.grad = torch.ones(5)
+        optimizer.step()
+        moments = [weakref.ref(value) for value in optimizer.state[param].values()]
+        (USES | OUR_USES)[use](optimizer, scheduler)
+        return [*map(weakref.ref, (param, optimizer, scheduler)), *moments]
+
+    # What is made once and kept, such as compiled code.
+    train_and_drop()
     gc.disable()
+    # Hides all that there is now.
+    gc.freeze()
     try:
-        reference = weakref.ref(optimizer)
-        del optimizer
-        assert reference() is None
+        references = [reference for _ in range(3) for reference in train_and_drop()]
+        assert not any(reference() is not None for reference in references)
+        assert living() == []
     finally:
+        gc.unfreeze()
         gc.enable()
+
+
+def test_dropped_schedulers_leave_no_cycle(backend: str) -> None:
+    """As torch's own tests ask of its schedulers."""
+    _, optimizer = stepped()
+    scheduler = CyclicLR(optimizer, 0.1, 0.2)
+    optimizer.step()
+    scheduler.step()
+    del scheduler
+    assert not gc.get_referrers(optimizer)
 
 
 def test_loading_replaces_whole_groups(backend: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_integer
+from .._checks import check_bool, check_integer, check_number
 from .._device.capture import CapturedStep
 from .._device.engines import Engines
 from .._device.parameters import ParametersMovedError
@@ -22,10 +22,17 @@ from .._device.settings import GroupSettings, Options, TensorRecord
 from .._device.sharding import local_tensor
 from .._device.tensors import check_parameter, has_memory
 from .._torch_internals import asked_by_distributed_checkpoint, call_with_hooks, hooks_wanted, uncompiled
-from ..schedules import Schedule
+from ..schedules import Constant, Decay, Schedule, sequence
 from ..telemetry import History, Live, Status
 from . import checkpoint
-from .hyperparameters import OWN_KEYS, check_hyperparameter, check_max_grad_norm, check_options, check_schedule_step
+from .hyperparameters import (
+    MAX_SCHEDULE_STEP,
+    OWN_KEYS,
+    check_hyperparameter,
+    check_max_grad_norm,
+    check_options,
+    check_schedule_step,
+)
 from .param_group import ParamGroup
 from .watched import OptimizerState
 
@@ -528,6 +535,50 @@ class FusedOptimizer(torch.optim.Optimizer):
         for value in schedules:
             check_hyperparameter("schedule", value)
         self._change_schedules(list(zip(self.param_groups, schedules, strict=True)))
+
+    def begin_decay(
+        self, steps: int, shape: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt", final_lr: float = 0.0
+    ) -> None:
+        """Lets the learning rate of every group fall from its present value, whatever its schedule was.
+
+        Works between the replays of a captured loop, without capturing again. Waits for the device once. A momentum
+        that a schedule drives stays at its present value. Past the decay, every group holds ``final_lr``.
+
+        Args:
+            steps: Steps of the decay, >= 1. The next step is the first, and applies the present learning rate.
+            shape: See `fused_clr.schedules.Decay`.
+            final_lr: Learning rate at the end, in [0, the smallest present learning rate].
+
+        Raises:
+            ValueError: An argument is not allowed; the message names it. Nothing has changed.
+            RuntimeError: Called during CUDA graph capture.
+
+        Example:
+            >>> from fused_clr import FusedAdam
+            >>> from fused_clr.schedules import Constant
+            >>> optimizer = FusedAdam([torch.nn.Parameter(torch.ones(3))], schedule=Constant(0.1))
+            >>> optimizer.set_schedule_step(1000)
+            >>> optimizer.begin_decay(steps=100, shape="linear")
+            >>> optimizer.param_groups[0]["schedule"].lr(1050)
+            0.05
+        """
+        steps = check_integer("steps", steps, "an integer in [1, 2**53)", lambda n: 1 <= n < MAX_SCHEDULE_STEP)
+        final_lr = check_number("final_lr", final_lr, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+        status = self.status()
+        schedules = []
+        for index, (group, lr) in enumerate(zip(self.param_groups, status.lr.tolist(), strict=True)):
+            if not final_lr <= lr:
+                raise ValueError(
+                    f"final_lr must not exceed the present learning rate of param_groups[{index}], {lr}, got {final_lr}"
+                )
+            drives_momentum = group.schedule is not None and group.schedule.drives_momentum
+            momentum = float(status.momentum[index]) if drives_momentum else None
+            decay: Schedule = Decay(lr, steps, shape, final_lr, momentum)
+            if status.schedule_step:
+                before = group.schedule or Constant(lr)
+                decay = sequence(before, decay, milestones=[status.schedule_step])
+            schedules.append(decay)
+        self.set_schedule(schedules)
 
     def change_schedule(self, group: ParamGroup, schedule: Schedule | None) -> None:
         """``group["schedule"] = schedule``."""

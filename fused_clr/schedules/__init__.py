@@ -6,6 +6,7 @@
 from .base import Schedule
 from .cosine_restarts import CosineRestarts
 from .cyclic import Cyclic
+from .decay import Decay
 from .inverse_sqrt import InverseSqrt
 from .one_cycle import OneCycle
 from .parts import Part, Scaling, Segment, Shape
@@ -19,6 +20,7 @@ __all__ = [
     "Cosine",
     "CosineRestarts",
     "Cyclic",
+    "Decay",
     "Exponential",
     "InverseSqrt",
     "Linear",

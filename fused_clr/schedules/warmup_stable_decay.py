@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from .base import Schedule
+from .decay import DECAYS, check_decay
 from .fields import set_lrs, set_steps
 from .parts import Part, Segment, Shape
-
-DECAYS = {"1-sqrt": Shape.POWER, "linear": Shape.LINEAR, "cosine": Shape.COSINE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +52,7 @@ class WarmupStableDecay(Schedule):
     def __post_init__(self) -> None:
         set_lrs(self, "peak_lr", "final_lr")
         set_steps(self, "warmup_steps", "stable_steps", "decay_steps")
-        if self.decay not in tuple(DECAYS):
-            raise ValueError(f"decay must be one of {tuple(DECAYS)}, got {self.decay!r}")
+        check_decay("decay", self.decay)
 
     def parts(self) -> tuple[Part, ...]:
         """See `Schedule.parts`."""

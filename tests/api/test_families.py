@@ -18,6 +18,7 @@ from fused_clr.schedules import (
     Cosine,
     CosineRestarts,
     Cyclic,
+    Decay,
     Exponential,
     InverseSqrt,
     Linear,
@@ -51,6 +52,7 @@ alone = st.one_of(
     st.builds(OneCycle, lrs, st.integers(12, 60), st.floats(0.1, 0.5), three_phase=flags),
     st.builds(CosineRestarts, lrs, counts, st.integers(1, 3), lrs),
     st.builds(InverseSqrt, positive, counts),
+    st.builds(Decay, lrs, steps, st.sampled_from(["1-sqrt", "linear", "cosine"]), lrs, st.none() | st.floats(0, 0.99)),
     st.builds(WarmupStableDecay, lrs, steps, steps, steps, st.sampled_from(["1-sqrt", "linear", "cosine"]), lrs),
     st.builds(Cyclic, lrs, lrs, steps, mode=st.sampled_from(["triangular", "triangular2"]), cycle_momentum=flags),
 )

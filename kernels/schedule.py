@@ -212,13 +212,27 @@ def power_from_one(y, exponent):
         float64 block in [0, 1].
     """
     rest = 1.0 - y
-    # What was lost in the difference, to first order.
+    # With what was lost in the difference, to first order.
     log2_rest = tl.log2(tl.maximum(rest, TINY)) + ((1.0 - rest) - y) * LOG2_E
     log2_power = exponent * log2_rest
-    power = tl.exp2(log2_power)
-    # Likewise what was lost in the power, which the next difference would make large.
-    lost = tl.log2(tl.maximum(power, TINY)) - log2_power
-    return tl.where(rest > 0.0, (1.0 - power) + power * lost * LN_2, 1.0)
+    # 1 - exp2 would lose what is small. Coefficients 1 / k!, from k = 14 down to 1, of (exp(z) - 1) / z.
+    z = tl.maximum(log2_power, -1.0) * LN_2
+    series = tl.full(y.shape, 1.1470745597729725e-11, tl.float64)
+    series = series * z + 1.6059043836821613e-10
+    series = series * z + 2.08767569878681e-09
+    series = series * z + 2.505210838544172e-08
+    series = series * z + 2.755731922398589e-07
+    series = series * z + 2.7557319223985893e-06
+    series = series * z + 2.48015873015873e-05
+    series = series * z + 0.0001984126984126984
+    series = series * z + 0.001388888888888889
+    series = series * z + 0.008333333333333333
+    series = series * z + 0.041666666666666664
+    series = series * z + 0.16666666666666666
+    series = series * z + 0.5
+    series = series * z + 1.0
+    height = tl.where(log2_power > -0.5, -z * series, 1.0 - tl.exp2(log2_power))
+    return tl.where(rest > 0.0, height, 1.0)
 
 
 @triton.jit

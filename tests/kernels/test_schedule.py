@@ -309,6 +309,13 @@ def test_a_curve_is_exact_near_its_foot(power: float) -> None:
     assert lrs[:, 0].tolist() == pytest.approx([falls.lr(step) for step in steps], rel=1e-14, abs=1e-300)
 
 
+@pytest.mark.parametrize("power", [1e-4, 1e25])
+def test_an_extreme_power(power: float) -> None:
+    shapes = (Shape.POLYNOMIAL, Shape.POWER)
+    schedules = [once(Segment(8, shape, ends, power=power)) for shape in shapes for ends in ((0.0, 0.5), (0.5, 0.0))]
+    assert_equals_host(schedules, list(range(10)))
+
+
 def test_past_its_end_a_schedule_is_in_its_first_cycle() -> None:
     line = Segment(4, Shape.LINEAR, (0.1, 0.5))
     schedules: list[Schedule | None] = [

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import fused_clr.schedules
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -18,6 +20,15 @@ def test_the_page_on_captured_loops_runs(capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out.splitlines()
     assert "Status(schedule_step=200" in printed[0]
     assert printed[1] == "220 0"
+
+
+def test_the_page_on_schedules_runs_and_names_all(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "schedules.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {"__name__": "schedules"})
+    assert capsys.readouterr().out == "4e-05 1e-05 1e-05 500\n"
+    for name in fused_clr.schedules.__all__:
+        assert f"`{name}" in text, name
 
 
 def test_the_page_on_compatibility_runs_and_names_tests_that_are_there() -> None:

@@ -17,7 +17,7 @@ import os
 import torch
 from fused_clr import schedules, testing
 from fused_clr.optim import FusedSign
-from fused_clr.schedules.constant import Constant
+from fused_clr.schedules.sawtooth import Sawtooth
 
 for backend in ("cpu", "triton"):
     os.environ["FUSED_CLR_BACKEND"] = backend
@@ -25,11 +25,11 @@ for backend in ("cpu", "triton"):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(n, dtype=dtype)) for n in (3, 70)]
         plain = [param.detach().clone() for param in params]
-        groups = [{"params": params[:1], "schedule": Constant(0.25)}, {"params": params[1:], "weight_decay": 0.5}]
+        groups = [{"params": params[:1], "schedule": Sawtooth(0.25, 4)}, {"params": params[1:], "weight_decay": 0.5}]
         optimizer = FusedSign(groups, lr=0.125, max_grad_norm=1.0)
         optimizer.load_state_dict(optimizer.state_dict())
         for step in range(10):
-            for param, expected, lr, decay in zip(params, plain, (0.25, 0.125), (0, 0.5)):
+            for param, expected, lr, decay in zip(params, plain, (0.25 - step % 4 / 16, 0.125), (0, 0.5)):
                 param.grad = torch.randn_like(param)
                 expected.mul_(1 - lr * decay).sub_(param.grad.sign(), alpha=lr)
             optimizer.step()
@@ -37,10 +37,10 @@ for backend in ("cpu", "triton"):
             with testing.record_launches() as graph:
                 optimizer.step()
             graph.replay()
-            for param, expected, lr, decay in zip(params, plain, (0.25, 0.125), (0, 0.5)):
-                for _ in range(2):
+            for step in (10, 11):
+                for param, expected, lr, decay in zip(params, plain, (0.25 - step % 4 / 16, 0.125), (0, 0.5)):
                     expected.mul_(1 - lr * decay).sub_(param.grad.sign(), alpha=lr)
-        assert optimizer.param_groups[0]["lr"] == 0.25
+        assert optimizer.param_groups[0]["lr"] == (0.25 if backend == "triton" else 0.125)
         for param, expected in zip(params, plain):
             torch.testing.assert_close(param, expected, rtol=1e-5, atol=1e-6)
         try:
@@ -54,10 +54,10 @@ for backend in ("cpu", "triton"):
 
 def test_the_examples_do_what_the_pages_say(tmp_path: Path) -> None:
     blocks = re.findall(r"   ```python\n(.*?)   ```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    constant, kernel, rule, optimizer = map(textwrap.dedent, blocks)
+    sawtooth, kernel, rule, optimizer = map(textwrap.dedent, blocks)
     package = tmp_path / "fused_clr"
     shutil.copytree(ROOT / "fused_clr", package, ignore=shutil.ignore_patterns("__pycache__"))
-    (package / "schedules" / "constant.py").write_text(constant)
+    (package / "schedules" / "sawtooth.py").write_text(sawtooth)
     (package / "kernels" / "sign.py").write_text(kernel)
     (package / "_device" / "rules" / "sign.py").write_text(rule)
     module = package / "optim.py"

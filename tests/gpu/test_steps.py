@@ -7,7 +7,16 @@ import torch
 
 from fused_clr import CyclicLR, FusedAdam
 from fused_clr.schedules import Cyclic
-from tests.helpers.on_gpu import CYCLE, PERIOD, make_params, set_gradients, syncs_are_errors, torch_pair
+from tests.helpers.on_gpu import (
+    CYCLE,
+    PERIOD,
+    make_params,
+    scaled,
+    set_gradients,
+    syncs_are_errors,
+    torch_pair,
+    two_devices,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -83,12 +92,12 @@ def test_many_replays_drift_nowhere() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    before = torch.cuda.memory_allocated()
-    for _ in range(100_000):
+    before, count = torch.cuda.memory_allocated(), scaled(100_000)
+    for _ in range(count):
         graph.replay()
-    assert optimizer.status().schedule_step == 100_001
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule.lr(100_001), rel=1e-14)
-    assert optimizer.state[params[0]]["step"].item() == 100_001
+    assert optimizer.status().schedule_step == count + 1
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(schedule.lr(count + 1), rel=1e-14)
+    assert optimizer.state[params[0]]["step"].item() == count + 1
     assert torch.cuda.memory_allocated() == before
 
 
@@ -110,16 +119,16 @@ def test_retires_beside_other_work() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    busy = torch.cuda.Stream()
+    busy, count = torch.cuda.Stream(), scaled(2000)
     matrix = torch.randn(2048, 2048, device="cuda")
     torch.cuda.synchronize()
-    for _ in range(2000):
+    for _ in range(count):
         with torch.cuda.stream(busy):
             matrix = (matrix @ matrix).clamp(-1, 1)
         graph.replay()
     torch.cuda.synchronize()
-    assert optimizer.status().schedule_step == int(optimizer.live.applied_steps) == 2001
-    assert all(optimizer.state[param]["step"].item() == 2001 for param in params)
+    assert optimizer.status().schedule_step == int(optimizer.live.applied_steps) == count + 1
+    assert all(optimizer.state[param]["step"].item() == count + 1 for param in params)
 
 
 def test_eager_steps_between_replays_of_two_graphs() -> None:
@@ -153,9 +162,8 @@ def test_eager_steps_between_replays_of_two_graphs() -> None:
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
+@two_devices
 def test_two_devices_clip_and_skip_together() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     params = [torch.nn.Parameter(torch.ones(100, device=f"cuda:{index}")) for index in (0, 1)]
     optimizer = FusedAdam(params, max_grad_norm=1.0, skip_if_nonfinite=True)
     for param in params:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 CYCLE: dict[str, Any] = {"base_lr": 1e-4, "max_lr": 1e-2, "step_size_up": 7, "step_size_down": 4, "mode": "triangular2"}
 
 
 PERIOD = 11
+
+
+def scaled(count: int) -> int:
+    """A number of repetitions; less where kernels run in the interpreter."""
+    return count // 100 if "PRETENDED_GPU" in os.environ else count
+
+
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 SHAPES = ((3,), (2048,), (65, 33), (4097,), ())

@@ -106,7 +106,9 @@ def gallery_figure(schedules: dict[str, Schedule], steps: int) -> Figure:
     """
     rows = -(-len(schedules) // 3)
     figure = _figure(12, 2.2 * rows)
-    panels = figure.subplots(rows, 3, sharex=True, squeeze=False).flat
+    panels = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axes in panels[len(schedules) :]:
+        axes.set_axis_off()
     for axes, (title, schedule) in zip(panels, schedules.items(), strict=False):
         axes.plot(1e3 * schedule.lr(np.arange(steps)), color=OURS, linewidth=1.6)
         axes.set_ylim(0, 1.1)

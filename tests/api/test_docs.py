@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +25,10 @@ def test_the_page_on_captured_loops_runs(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_page_on_schedules_runs_and_names_all(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "schedules.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(block, {"__name__": "schedules"})
-    assert capsys.readouterr().out == "4e-05 1e-05 1e-05 500\n"
+    names: dict[str, Any] = {"__name__": "schedules"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert capsys.readouterr().out == "4e-05 1e-05 1e-05 500\n0.0001\n"
     for name in fused_clr.schedules.__all__:
         assert f"`{name}" in text, name
 

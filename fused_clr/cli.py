@@ -197,7 +197,7 @@ def _device(text: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         # Only an allocation shows whether the device exists.
-        device = torch.empty(0, device=text).device
+        device = torch.empty(0, dtype=torch.float32, device=text).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{text!r} is not a device that torch offers here: {reason}") from error

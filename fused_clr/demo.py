@@ -86,7 +86,9 @@ def classic_curve(steps: int) -> tuple[NDArray[np.float64], float]:
     Args:
         steps: How many steps torch's scheduler is stepped.
     """
-    optimizer, scheduler = make_pair("torch", [nn.Parameter(torch.zeros(2, 2))], CLASSIC)
+    optimizer, scheduler = make_pair(
+        "torch", [nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device="cpu"))], CLASSIC
+    )
     group = optimizer.param_groups[0]
     # Without a gradient this updates nothing. Torch warns if a scheduler steps before its optimizer.
     optimizer.step()
@@ -105,7 +107,7 @@ def classic_loop(steps: int, device: torch.device) -> tuple[float, float]:
     the learning rates that were applied.
     """
     lrs = {name: np.empty(steps) for name in PAIRS}
-    parameters = {name: nn.Parameter(torch.zeros(2, 2, device=device)) for name in PAIRS}
+    parameters = {name: nn.Parameter(torch.zeros(2, 2, dtype=torch.float32, device=device)) for name in PAIRS}
     for name, parameter in parameters.items():
         parameter.grad = torch.ones_like(parameter)
         optimizer, scheduler = make_pair(name, [parameter], CLASSIC)
@@ -171,9 +173,9 @@ def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training
     """
     generator = torch.Generator().manual_seed(seed)
     digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=generator)
-    images = torch.tensor(digits.data / 16, dtype=torch.float32)[order].to(device)
-    labels = torch.tensor(digits.target)[order].to(device)
+    order = torch.randperm(len(digits.target), generator=generator, dtype=torch.int64, device="cpu")
+    images = torch.tensor(digits.data[order] / 16, dtype=torch.float32, device=device)
+    labels = torch.tensor(digits.target[order], dtype=torch.int64, device=device)
     train_images, test_images = images[TEST_IMAGES:], images[:TEST_IMAGES]
     train_labels, test_labels = labels[TEST_IMAGES:], labels[:TEST_IMAGES]
 
@@ -186,7 +188,8 @@ def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training
         runs.append(Training(name, model, *make_pair(name, model.parameters(), schedule)))
 
     for epoch in progress(range(epochs), "digits"):
-        batches = torch.randperm(len(train_images), generator=generator).to(device).split(BATCH_SIZE)
+        shuffled = torch.randperm(len(train_images), generator=generator, dtype=torch.int64, device="cpu")
+        batches = shuffled.to(device).split(BATCH_SIZE)
         for training in in_turn(runs, epoch):
             training.train_epoch(train_images, train_labels, batches)
             training.test(test_images, test_labels)

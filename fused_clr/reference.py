@@ -96,7 +96,7 @@ class ReferenceState(NamedTuple):
 
 def initial_state(param: Tensor) -> ReferenceState:
     """The state before the first update."""
-    zeros = torch.zeros(param.shape, dtype=torch.float64)
+    zeros = torch.zeros(param.shape, dtype=torch.float64, device=param.device)
     return ReferenceState(param.detach().double().clone(), zeros, zeros, zeros, 0)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,3 +60,22 @@ else:
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["optimizer", "scheduler"])
+def test_public_methods_take_torchs_arguments(index: int) -> None:
+    def make(optimizer: Any, scheduler: Any) -> Any:
+        made = optimizer([torch.nn.Parameter(torch.ones(1))])
+        return made, scheduler(made, 0.1, 0.2)
+
+    def arguments(method: Any) -> list[Any]:
+        # Torch wraps the step at the first construction, and the signature is then the function's.
+        found = inspect.signature(method).parameters.values()
+        return [(argument.name, argument.kind, argument.default) for argument in found if argument.name != "self"]
+
+    ours = make(FusedAdam, CyclicLR)[index]
+    theirs = make(torch.optim.Adam, torch.optim.lr_scheduler.CyclicLR)[index]
+    names = [name for name in dir(theirs) if not name.startswith("_") and inspect.isroutine(getattr(theirs, name))]
+    assert len(names) > 3
+    for name in names:
+        assert arguments(getattr(ours, name)) == arguments(getattr(theirs, name)), name

@@ -132,3 +132,22 @@ def test_a_compiled_model(backend: str) -> None:
     tolerance = AFTER_STEPS[torch.float32]
     torch.testing.assert_close(*results, rtol=tolerance.rtol, atol=tolerance.atol)
     assert sum(counters["graph_break"].values()) == 0
+
+
+def test_an_optimizer_made_in_a_part_that_is_not_compiled(backend: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    made: list[FusedAdam] = []
+
+    @torch.compiler.disable
+    def make() -> None:
+        made.append(FusedAdam([param], lr=0.1))
+
+    @torch.compile(backend="eager")
+    def make_and_step(x: torch.Tensor) -> torch.Tensor:
+        make()
+        made[0].step()
+        return x + 1
+
+    make_and_step(torch.ones(1))
+    torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))

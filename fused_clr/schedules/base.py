@@ -87,16 +87,18 @@ class Schedule(ABC):
 
     @property
     def momentum_bounds(self) -> tuple[float, float]:
-        """What torch's schedulers call ``base_momentum`` and ``max_momentum``: where the first segment ends and starts.
+        """What torch's schedulers call ``base_momentum`` and ``max_momentum``.
+
+        The end and the start of the first segment that changes the momentum; of the first that sets it if none does.
 
         Raises:
             ValueError: The schedule does not drive the momentum.
         """
-        for part in self.parts():
-            first = part.segments[0]
-            if first.momentum is not None:
-                return float(first.momentum[1]), float(first.momentum[0])
-        raise ValueError(f"a schedule must drive the momentum to have momentum_bounds, got {self}")
+        momenta = [segment.momentum for part in self.parts() for segment in part.segments if segment.momentum]
+        if not momenta:
+            raise ValueError(f"a schedule must drive the momentum to have momentum_bounds, got {self}")
+        start, end = next(((start, end) for start, end in momenta if start != end), momenta[0])
+        return float(end), float(start)
 
     @property
     def end(self) -> float:

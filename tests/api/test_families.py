@@ -150,6 +150,16 @@ def test_ends() -> None:
     assert ends == sequence(Linear(0.0, 1.0, 10.5), Cosine(1.0, 0.0, 30), Cyclic(0.1, 0.2), milestones=[11, 41])
 
 
+def test_momentum_bounds() -> None:
+    one_cycle = OneCycle(0.1, 100)
+    # Constant in the warm-up.
+    for schedule in (one_cycle, warmup(10, then=one_cycle), sequence(Constant(0.1), one_cycle).scaled(2.0)):
+        assert schedule.momentum_bounds == (0.85, 0.95)
+    assert Cyclic(0.1, 0.2, base_momentum=0.9, max_momentum=0.9).momentum_bounds == (0.9, 0.9)
+    with pytest.raises(ValueError, match="must drive the momentum to have momentum_bounds, got Constant"):
+        _ = Constant(0.1).momentum_bounds
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 NO_NUMBERS = (None, True, "0.1", math.nan, math.inf, -1.0, [0.1], torch.ones(2))
 MINIMAL: dict[Callable[..., Schedule], dict[str, Any]] = {

@@ -59,6 +59,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     param_groups: list[ParamGroup]  # type: ignore[assignment]
 
+    @uncompiled
     def __init__(self, params: Any, defaults: dict[str, Any], schedule: Schedule | None, options: Any) -> None:
         checked = check_options(type(self).__name__, options)
         defaults = {**defaults, "schedule": schedule}

@@ -139,7 +139,8 @@ def _run_plot(options: argparse.Namespace) -> None:
     for name in CYCLIC_OPTIONS if options.schedule else ():
         if getattr(options, name) != options.default_of(name):
             options.error(f"--{name.replace('_', '-')} is not allowed with a schedule")
-    steps = options.steps or min(DEFAULT_STEPS if schedule.end == math.inf else int(schedule.end) + 1, MOST_STEPS)
+    end = schedule.end_step()
+    steps = options.steps or min(DEFAULT_STEPS if end == math.inf else int(end) + 1, MOST_STEPS)
     if options.mode == "exp_range" and (steps - 1) * math.log(options.gamma or 1.0) > MAX_LOG_AMPLITUDE:
         options.error(f"gamma={options.gamma:g} overflows within {steps:,} steps")
     lr = schedule.lr(np.arange(steps))

@@ -100,8 +100,7 @@ class Schedule(ABC):
         start, end = next(((start, end) for start, end in momenta if start != end), momenta[0])
         return float(end), float(start)
 
-    @property
-    def end(self) -> float:
+    def end_step(self) -> float:
         """The first step from which the schedule holds its last value; infinity if it goes on to the last step."""
         last = self.timeline.parts[-1]
         end = last.start + last.end

@@ -80,9 +80,9 @@ def sequence(*schedules: Schedule, milestones: Iterable[int] | None = None) -> S
     """
     if milestones is None:
         for index, schedule in enumerate(cast("tuple[Any, ...]", schedules[:-1])):
-            if isinstance(schedule, Schedule) and schedule.end == math.inf:
+            if isinstance(schedule, Schedule) and schedule.end_step() == math.inf:
                 raise ValueError(f"milestones must be given, since schedules[{index}] has no end: {schedule}")
         # Lazy: the constructor checks the schedules first.
-        milestones = accumulate(int(schedule.end) for schedule in schedules[:-1])
+        milestones = accumulate(int(schedule.end_step()) for schedule in schedules[:-1])
     # The constructor checks the milestones and makes them a tuple.
     return ScheduleSequence(schedules, cast("tuple[int, ...]", milestones))

@@ -130,8 +130,8 @@ def test_a_warmup_then_a_schedule_is_the_schedule_shifted(
 @laws
 @given(any_schedule, at)
 def test_past_its_end_a_schedule_holds_its_last_value(schedule: Schedule, more: int) -> None:
-    assume(schedule.end < math.inf)
-    end = int(schedule.end)
+    assume(schedule.end_step() < math.inf)
+    end = int(schedule.end_step())
     last = schedule.parts()[-1].segments[-1]
     assert schedule.lr(end) == pytest.approx(last.lr[1], rel=1e-15)
     for step in (end + more, 2**53 - 1):
@@ -139,12 +139,12 @@ def test_past_its_end_a_schedule_holds_its_last_value(schedule: Schedule, more: 
 
 
 def test_ends() -> None:
-    assert Linear(0.0, 1.0, 10.5).end == 11
-    assert sequence(Linear(0.0, 1.0, 10), Cosine(1.0, 0.0, 30), milestones=[20]).end == 50
-    assert OneCycle(0.1, 100).end == 99
+    assert Linear(0.0, 1.0, 10.5).end_step() == 11
+    assert sequence(Linear(0.0, 1.0, 10), Cosine(1.0, 0.0, 30), milestones=[20]).end_step() == 50
+    assert OneCycle(0.1, 100).end_step() == 99
     for schedule in (Cyclic(0.1, 0.2), CosineRestarts(0.1, 5), CosineRestarts(0.1, 5, 2), InverseSqrt(0.1, 5)):
-        assert schedule.end == math.inf
-        assert sequence(Constant(0.1), schedule, milestones=[5]).end == math.inf
+        assert schedule.end_step() == math.inf
+        assert sequence(Constant(0.1), schedule, milestones=[5]).end_step() == math.inf
     # Without milestones each begins where the one before ends.
     ends = sequence(Linear(0.0, 1.0, 10.5), Cosine(1.0, 0.0, 30), Cyclic(0.1, 0.2))
     assert ends == sequence(Linear(0.0, 1.0, 10.5), Cosine(1.0, 0.0, 30), Cyclic(0.1, 0.2), milestones=[11, 41])

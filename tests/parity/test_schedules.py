@@ -50,6 +50,6 @@ def test_whole_runs_of_all_families_together(backend: str, replayed: bool) -> No
             expected = beta1 if peer[0].drives_momentum else 0.9
             assert ours[step][column][1] == pytest.approx(expected, rel=1e-12), (name, step)
         # Past its end a schedule holds its last value, where torch's raise an error or rise again.
-        if peer[0].end <= steps:
-            last = ours[int(peer[0].end)][column]
-            assert all(row[column] == last for row in ours[int(peer[0].end) :])
+        if peer[0].end_step() <= steps:
+            last = ours[int(peer[0].end_step())][column]
+            assert all(row[column] == last for row in ours[int(peer[0].end_step()) :])

@@ -10,10 +10,14 @@ from fused_clr.testing import record_launches
 from tests.helpers.schedules import PEER_STEPS, torch_peers, torch_values
 
 
-@pytest.mark.parametrize("replayed", [False, True], ids=["steps", "replays"])
+# The cpu backend records nothing.
+@pytest.mark.parametrize(
+    ("backend", "replayed"),
+    [("cpu", False), ("triton", False), ("triton", True)],
+    indirect=["backend"],
+    ids=["cpu", "triton", "replays"],
+)
 def test_whole_runs_of_all_families_together(backend: str, replayed: bool) -> None:
-    if replayed and backend == "cpu":
-        pytest.skip("the cpu backend records nothing")
     peers = torch_peers()
     groups = []
     for schedule, _, _ in peers.values():

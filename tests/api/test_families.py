@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fused_clr import FusedAdam
 from fused_clr.schedules import (
     Constant,
     Cosine,
@@ -367,3 +368,24 @@ def test_a_scale_fn_in_a_combination_is_found_again() -> None:
         with pytest.warns(UserWarning, match="cannot be saved"):
             saved = schedule.to_dict()
         assert Schedule.from_dict(saved, present=schedule) == schedule
+
+
+def test_an_optimizer_s_checkpoint_holds_every_family() -> None:
+    schedules = [own for own, _ in families().values()] + list(COMBINED.values())
+
+    def make(given: list[Schedule | None]) -> FusedAdam:
+        return FusedAdam([{"params": [torch.nn.Parameter(torch.ones(1))], "schedule": own} for own in given])
+
+    saving, loading = make([*schedules]), make([None] * len(schedules))
+    for _ in range(7):
+        saving.step()
+    file = io.BytesIO()
+    torch.save(saving.state_dict(), file)
+    file.seek(0)
+    loading.load_state_dict(torch.load(file, weights_only=True))
+    for _ in range(2):
+        for one, other, schedule in zip(saving.param_groups, loading.param_groups, schedules, strict=True):
+            assert other["schedule"] == schedule
+            assert (one["lr"], one["betas"]) == (other["lr"], other["betas"])
+        for optimizer in (saving, loading):
+            optimizer.step()

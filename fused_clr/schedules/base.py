@@ -37,14 +37,14 @@ class Schedule(ABC):
         >>> import dataclasses
         >>> from fused_clr.schedules import Part, Schedule, Segment, Shape
         >>> @dataclasses.dataclass(frozen=True)
-        ... class Decay(Schedule):
+        ... class Fall(Schedule):
         ...     lr_from: float
         ...     steps: int
         ...
         ...     def parts(self):
         ...         decay = Segment(self.steps, Shape.COSINE, lr=(self.lr_from, 0.0))
         ...         return (Part(segments=(decay,)),)
-        >>> Decay(0.1, steps=100).lr(50)
+        >>> Fall(0.1, steps=100).lr(50)
         0.05
     """
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fused_clr import CyclicLR, FusedAdam, FusedAdamW
+from fused_clr._host.hyperparameters import OWN_KEYS
 from fused_clr.schedules import Cyclic, Schedule, sequence
 from tests.cases import (
     IN_TURN,
@@ -132,7 +133,7 @@ def test_state_dict_has_torchs_keys(backend: str, optimizer_case: OptimizerCase,
     assert state["state"].keys() == torch_state["state"].keys()
     assert state["state"][0].keys() == torch_state["state"][0].keys()
     for group, torch_group in zip(state["param_groups"], torch_state["param_groups"], strict=True):
-        assert set(group) - {"schedule"} == set(torch_group)
+        assert set(group) - {"schedule", *OWN_KEYS} == set(torch_group)
         assert type(group["lr"]) is float
         assert momenta_of(group) == pytest.approx(momenta_of(torch_group), rel=1e-14)
     assert set(theirs.scheduler.state_dict()) <= set(ours.scheduler.state_dict())
@@ -140,7 +141,7 @@ def test_state_dict_has_torchs_keys(backend: str, optimizer_case: OptimizerCase,
         kind([torch.nn.Parameter(torch.ones(1))]).state_dict()["param_groups"][0]
         for kind in (optimizer_case.ours, optimizer_case.torch_peer)
     )
-    assert set(unscheduled) - {"schedule"} == set(torch_unscheduled)
+    assert set(unscheduled) - {"schedule", *OWN_KEYS} == set(torch_unscheduled)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

@@ -147,7 +147,7 @@ def test_counts_of_a_graphed_step(name: str) -> None:
 def test_adamw_always_decouples(value: bool) -> None:
     param = torch.nn.Parameter(torch.ones(2))
     for kind in (FusedAdamW, torch.optim.AdamW):
-        with pytest.raises(TypeError, match="unexpected .*argument 'decoupled_weight_decay'"):
+        with pytest.raises(TypeError, match="unexpected .*argument.* .*'decoupled_weight_decay'"):
             kind([param], decoupled_weight_decay=value)
 
 

@@ -152,7 +152,7 @@ def test_step_sizes_far_apart(backend: str) -> None:
         peer.last_epoch, peer._get_lr_called_within_step = step, True
         # Torch rounds the sum of the step sizes, which the cycles multiply.
         assert optimizer.param_groups[0]["lr"] == pytest.approx(peer.get_lr()[0], rel=1e-9)
-    with pytest.raises(ValueError, match="step_size_up=10{17} and step_size_down=0.001 are too large or too far apart"):
+    with pytest.raises(ValueError, match="step_size_up=10{17} and step_size_down=0.001 must not be too large or"):
         Cyclic(0.1, 0.5, 1e17, 0.001)
 
 

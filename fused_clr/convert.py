@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 from ._checks import check_bool
 from ._host.hyperparameters import OWN_KEYS, check_options, check_schedule_step
 from .optim import FusedAdam, FusedAdamW, StepOptions
-from .scheduler import COMMON_FIELDS, CyclicLR, check_common, recover_step_sizes
+from .scheduler import CyclicLR
+from .scheduler.cyclic import recover_step_sizes
 from .schedules import Cyclic
 from .schedules.base import function_name
 from .schedules.parts import host_function, is_triton_function
@@ -101,7 +102,7 @@ def fuse(
     for param, entry in optimizer.state.items():
         fused.state[param] = dict(entry)
     _carry_hooks(optimizer, fused)
-    fused_scheduler = CyclicLR._of_schedules(fused, schedules, step)
+    fused_scheduler = CyclicLR.of_schedules(fused, schedules, step)
     fused_scheduler._step_count = scheduler._step_count
     # Raises here, and not at the next step, if no backend supports the parameters.
     fused._ready()
@@ -266,8 +267,7 @@ def _torch_cyclic(optimizer: FusedAdam, step: int) -> dict[str, Any]:
                 "schedule in every group"
             )
         schedules.append(group.schedule)
-    first = check_common(schedules)
-    arguments = {field: getattr(first, field) for field in COMMON_FIELDS}
+    arguments, first = CyclicLR.arguments_of(schedules), schedules[0]
     if first.scale_fn is not None and is_triton_function(first.scale_fn):
         try:
             first.lr(step)
@@ -278,6 +278,4 @@ def _torch_cyclic(optimizer: FusedAdam, step: int) -> dict[str, Any]:
                 "call: it cannot be converted"
             ) from error
         arguments["scale_fn"] = host_function(first.scale_fn)
-    for field in ("base_lr", "max_lr", "base_momentum", "max_momentum"):
-        arguments[field] = [getattr(schedule, field) for schedule in schedules]
     return arguments

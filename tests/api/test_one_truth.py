@@ -284,7 +284,7 @@ def test_an_eager_step_past_a_table_is_an_error(triton_backend: None, how: str) 
     if how == "found_inf":
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
     if how == "replays":
-        graph = record_step(Pair([param], optimizer, CyclicLR._of_schedules(optimizer, [schedule], 0)))
+        graph = record_step(Pair([param], optimizer, CyclicLR.of_schedules(optimizer, [schedule], 0)))
         for _ in range(5):
             graph.replay()
     else:

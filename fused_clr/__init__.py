@@ -4,17 +4,35 @@ from . import schedules, testing
 from .convert import fuse, unfuse
 from .graphs import CapturedStep, GraphedStep
 from .optim import FusedAdam, FusedAdamW
-from .scheduler import CyclicLR
+from .scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    ExponentialLR,
+    LinearLR,
+    OneCycleLR,
+    PolynomialLR,
+    SequentialLR,
+)
 from .telemetry import History, Live, Status
 
 __all__ = [
     "CapturedStep",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
     "CyclicLR",
+    "ExponentialLR",
     "FusedAdam",
     "FusedAdamW",
     "GraphedStep",
     "History",
+    "LinearLR",
     "Live",
+    "OneCycleLR",
+    "PolynomialLR",
+    "SequentialLR",
     "Status",
     "fuse",
     "schedules",

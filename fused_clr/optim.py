@@ -131,8 +131,8 @@ class FusedAdamW(FusedAdam):
         params: See `FusedAdam`; so are the arguments not listed here.
         weight_decay: Decoupled weight decay, >= 0. Has no effect in a group with a ``weight_decay_schedule``.
         weight_decay_mode: One of the modes above.
-        max_lr: For "lr_ratio" and "corrected", > 0. None: the largest learning rate of the group's schedule; without a
-            schedule the group's ``initial_lr``, which torch's schedulers set, or else its ``lr``.
+        max_lr: For "lr_ratio" and "corrected", >= 0; 0 decays nothing. None: the largest learning rate of the group's
+            schedule; without a schedule the group's ``initial_lr``, which torch's schedulers set, or else its ``lr``.
         weight_decay_schedule: A value from `fused_clr.schedules` whose learning rate is the ``weight_decay`` above, at
             the schedule step of the learning rate. It must not drive the momentum. None: ``weight_decay`` is constant.
 

@@ -111,7 +111,7 @@ def check_hyperparameter(name: str, value: Any, new: bool = True) -> Any:
     if name == "weight_decay_mode" and value not in WEIGHT_DECAY_MODES:
         raise ValueError(f"weight_decay_mode must be one of {', '.join(map(repr, WEIGHT_DECAY_MODES))}, got {value!r}")
     if name == "max_lr" and value is not None:
-        return check_number(name, value, "a finite number > 0 or None", lambda x: 0 < x < math.inf)
+        return check_number(name, value, "a finite number >= 0 or None", lambda x: 0 <= x < math.inf)
     if name in Options._fields:
         raise ValueError(f"{name} holds for all groups: pass it to the optimizer, not in a param group")
     return value

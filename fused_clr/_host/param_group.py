@@ -12,7 +12,7 @@ from .._device.rules import UpdateRule
 from .._device.settings import GroupSettings
 from .._torch_internals import calling_scheduler
 from .._warnings import warn
-from ..schedules import Schedule
+from ..schedules import OneCycle, Schedule
 from .hyperparameters import check_hyperparameter
 from .watched import WatchedDict, WatchedList
 
@@ -116,7 +116,7 @@ class ParamGroup(WatchedDict):
         return GroupSettings(values["lr"], momentum, values["schedule"], bool(values.get("maximize")), values)
 
     def set_schedule(self, schedule: Schedule | None) -> None:
-        """Replaces the schedule, and adds the keys that torch's CyclicLR adds to a group.
+        """Replaces the schedule, and adds the keys that torch's schedulers add to a group.
 
         If the schedule is removed, the group keeps the learning rate and momentum that it would apply next. Warns if
         the schedule overrides a momentum that the user chose.
@@ -126,7 +126,9 @@ class ParamGroup(WatchedDict):
         if schedule is None:
             values |= {key: self[key] for key in self.scheduled_keys}
         else:
-            if "initial_lr" not in self:
+            if isinstance(schedule, OneCycle):
+                values |= schedule.group_keys
+            elif "initial_lr" not in self:
                 values["initial_lr"] = schedule.initial_lr
             if schedule.drives_momentum:
                 if not self._rule.momentum_key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,7 +19,8 @@ from .._host.optimizer import FusedOptimizer
 from .._host.param_group import ParamGroup
 from .._torch_internals import uncompiled
 from .._warnings import warn
-from ..schedules import Schedule
+from ..schedules import Cosine, OneCycle, Schedule
+from ..schedules.sequence import ScheduleSequence
 
 T = TypeVar("T")
 
@@ -90,15 +92,15 @@ class FusedScheduler(LRScheduler, ABC):
     @classmethod
     @abstractmethod
     def unpack(
-        cls, name: str, state: Mapping[str, Any], groups: Sequence[ParamGroup], present: Sequence[Any]
+        cls, name: str, state: Mapping[str, Any], groups: Sequence[dict[str, Any]], present: Sequence[Any]
     ) -> list[Any]:
         """The schedules in a state_dict of torch's class or of ours. Changes nothing.
 
         Args:
             name: Of the state_dict in messages.
             state: The state_dict; `check_frame` has checked it.
-            groups: The param groups, with the keys that torch's class reads.
-            present: The schedules that these will replace.
+            groups: The param groups, ours or torch's, with the keys that torch's class reads.
+            present: The schedule of each group that the new one will replace, or None.
 
         Raises:
             ValueError: A value is missing or not allowed; the message names it.
@@ -246,7 +248,7 @@ class FusedScheduler(LRScheduler, ABC):
                 been loaded.
         """
         optimizer, present = self._fused, self.schedules
-        check_frame("state_dict", state_dict, type(self), len(present))
+        check_frame("state_dict", state_dict, type(self))
         last_epoch = check_schedule_step("state_dict['last_epoch']", state_dict["last_epoch"])
         schedules = self.unpack("state_dict", state_dict, optimizer.param_groups[: len(present)], present)
         step, is_ahead = state_dict.get("schedule_step", (-1, False))
@@ -254,7 +256,7 @@ class FusedScheduler(LRScheduler, ABC):
             # Torch trained on, and carried our key along as it was; or a user changed last_epoch.
             step, is_ahead = last_epoch, False
             if not self.CLOSED_FORM:
-                _check_last_lrs(state_dict.get("_last_lr"), schedules, last_epoch)
+                _check_last_lrs(type(self), state_dict.get("_last_lr"), schedules, last_epoch)
         optimizer._check_schedules(schedules)
         self._step_count = state_dict.get("_step_count", self._step_count)
         self._set_schedules(schedules)
@@ -371,7 +373,7 @@ def pack_frame(
     }
 
 
-def check_frame(name: str, state: Any, kind: type[FusedScheduler], num_groups: int) -> None:
+def check_frame(name: str, state: Any, kind: type[FusedScheduler]) -> None:
     """Checks that a state_dict has the keys of torch's class, and the values of `pack_frame`.
 
     Raises:
@@ -406,21 +408,29 @@ def is_close(value: Any, expected: float, scale: float, step: int) -> bool:
     return math.isclose(float(value), expected, rel_tol=drift, abs_tol=drift * scale)
 
 
-def largest_lr(schedule: Schedule) -> float:
-    """The largest learning rate that a schedule's segments name."""
-    return max(max(segment.lr) for part in schedule.parts() for segment in part.segments)
+def turns_in_torch(schedule: Schedule, step: int) -> bool:
+    """Whether a schedule is past its end, in a scheduler of torch that does not hold its last value there."""
+    if isinstance(schedule, ScheduleSequence):
+        index = bisect_right(schedule.milestones, step)
+        return turns_in_torch(schedule.schedules[index], step - (0, *schedule.milestones)[index])
+    return isinstance(schedule, (Cosine, OneCycle)) and step > schedule.end_step()
 
 
-def _check_last_lrs(saved: Any, schedules: Sequence[Schedule], step: int) -> None:
+def _check_last_lrs(kind: type[FusedScheduler], saved: Any, schedules: Sequence[Schedule], step: int) -> None:
     """Checks the learning rates that torch's class would continue from."""
     for index, schedule in enumerate(schedules):
+        if turns_in_torch(schedule, step):
+            raise ValueError(
+                f"state_dict['last_epoch'] must not be past the end of the schedule, where torch's {kind.__name__} "
+                f"does not hold its last learning rate as ours does, got {step}, after {schedule}"
+            )
         lr = schedule.lr(step)
         try:
-            agrees = saved is None or is_close(saved[index], lr, largest_lr(schedule), step)
+            agrees = saved is None or is_close(saved[index], lr, schedule.largest_lr, step)
         except (TypeError, ValueError, LookupError):
             agrees = False
         if not agrees:
             raise ValueError(
                 f"state_dict['_last_lr'] must agree with its other values, which give {lr} for param_groups[{index}] "
-                f"at step {step}, got {saved!r}: something else wrote the learning rate, or torch is past the end"
+                f"at step {step}, got {saved!r}: something else wrote the learning rate"
             )

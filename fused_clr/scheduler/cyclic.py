@@ -12,7 +12,6 @@ from typing import Any, final
 from torch.optim import Optimizer, lr_scheduler
 
 from .._checks import check_bool, check_number
-from .._host.param_group import ParamGroup
 from ..schedules import Cyclic, Schedule
 from ..schedules.base import function_name
 from ..schedules.cyclic import SCALE_MODES
@@ -243,7 +242,7 @@ class CyclicLR(FusedScheduler):
 
     @classmethod
     def unpack(
-        cls, name: str, state: Mapping[str, Any], groups: Sequence[ParamGroup], present: Sequence[Cyclic]
+        cls, name: str, state: Mapping[str, Any], groups: Sequence[dict[str, Any]], present: Sequence[Cyclic]
     ) -> list[Cyclic]:
         """See `FusedScheduler.unpack`."""
         _check_saved(name, state)

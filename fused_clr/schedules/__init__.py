@@ -7,6 +7,7 @@ from .base import Schedule
 from .cosine_restarts import CosineRestarts
 from .cyclic import Cyclic
 from .decay import Decay
+from .exponential_decay import ExponentialDecay
 from .inverse_sqrt import InverseSqrt
 from .one_cycle import OneCycle
 from .parts import Part, Scaling, Segment, Shape
@@ -22,6 +23,7 @@ __all__ = [
     "Cyclic",
     "Decay",
     "Exponential",
+    "ExponentialDecay",
     "InverseSqrt",
     "Linear",
     "OneCycle",

@@ -110,7 +110,7 @@ class Schedule(ABC):
         """The schedule with ``factor`` times the learning rate, and the same momentum.
 
         Args:
-            factor: Finite and > 0.
+            factor: Finite and >= 0.
 
         Raises:
             ValueError: ``factor`` is not allowed, or a learning rate would not be.
@@ -226,7 +226,7 @@ class ScaledSchedule(Schedule):
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
             raise ValueError(f"schedule must be a Schedule, got {self.schedule!r}")
-        factor = checked_number("factor", self.factor, "a finite number > 0", lambda x: x > 0)
+        factor = checked_number("factor", self.factor, "a finite number >= 0", lambda x: x >= 0)
         object.__setattr__(self, "factor", factor)
         try:
             _ = self.timeline

@@ -97,6 +97,12 @@ class OneCycle(Schedule):
         initial_lr = self.max_lr / self.div_factor
         return initial_lr, initial_lr / self.final_div_factor
 
+    @property
+    def group_keys(self) -> dict[str, float]:
+        """What torch's OneCycleLR writes to a param group, and reads there: its learning rates."""
+        initial_lr, min_lr = self._low_lrs()
+        return {"initial_lr": initial_lr, "max_lr": self.max_lr, "min_lr": min_lr}
+
     def parts(self) -> tuple[Part, ...]:
         """See `Schedule.parts`."""
         initial_lr, min_lr = self._low_lrs()

@@ -247,7 +247,7 @@ def test_numbers_of_numpy_and_of_tensors_become_plain(make: Callable[..., Schedu
         (lambda: warmup(10, 0.1), "then must be a Schedule, got 0.1"),  # type: ignore[arg-type]
         (lambda: warmup(2.5, Constant(0.1)), r"steps must be an integer in \[1, 2\*\*53\), got 2.5"),  # type: ignore[arg-type]
         (lambda: warmup(10, InverseSqrt(0.1, 5)), "then must begin with a learning rate > 0 .*, got InverseSqrt"),
-        (lambda: Constant(0.1).scaled(0.0), "factor must be a finite number > 0, got 0.0"),
+        (lambda: Constant(0.1).scaled(-1.0), "factor must be a finite number >= 0, got -1.0"),
         (lambda: Constant(1e300).scaled(1e10), "factor=10000000000.0 makes a learning rate too large"),
         (
             lambda: Exponential(1e-300, 1e-301, 4).scaled(1e-30),

@@ -15,25 +15,27 @@ import torch
 
 import fused_clr
 from fused_clr import CyclicLR, FusedAdam
+from fused_clr.scheduler import KINDS
 
 # They hold nothing public, or values whose use `schedules.base` shows.
 WITHOUT_EXAMPLES = ("schedules.compiled", "schedules.fields", "schedules.parts", "schedules.timeline")
 
 
 def test_public_names() -> None:
-    classes = ["CapturedStep", "CyclicLR", "FusedAdam", "FusedAdamW", "GraphedStep", "History", "Live", "Status"]
-    assert sorted(fused_clr.__all__) == [*classes, "fuse", "schedules", "testing", "unfuse"]
+    classes = ["CapturedStep", "FusedAdam", "FusedAdamW", "GraphedStep", "History", "Live", "Status", *KINDS]
+    assert sorted(fused_clr.__all__) == [*sorted(classes), "fuse", "schedules", "testing", "unfuse"]
     assert issubclass(FusedAdam, torch.optim.Optimizer)
     assert issubclass(CyclicLR, torch.optim.lr_scheduler.LRScheduler)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        *("schedules." + path.stem for path in sorted(Path(fused_clr.schedules.__file__).parent.glob("[a-z]*.py"))),
-        *("optim", "scheduler.cyclic", "graphs", "convert"),
-    ],
-)
+MODULES = [
+    f"{package}.{path.stem}"
+    for package in ("schedules", "scheduler")
+    for path in sorted((Path(fused_clr.__file__).parent / package).glob("[a-z]*.py"))
+]
+
+
+@pytest.mark.parametrize("module", [*MODULES, "optim", "graphs", "convert"])
 def test_docstring_examples(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fused_clr.{module}"), extraglobs={"torch": torch})
     assert results.failed == 0

@@ -231,8 +231,8 @@ def test_a_checkpoint_holds_plain_values(tmp_path: Any) -> None:
     [
         ({"weight_decay_mode": "ratio"}, "weight_decay_mode must be one of 'lr', 'lr_ratio', 'constant', 'corrected'"),
         ({"weight_decay_mode": None}, "weight_decay_mode must be one of"),
-        ({"max_lr": 0.0}, "max_lr must be a finite number > 0 or None, got 0.0"),
-        ({"max_lr": "0.1"}, "max_lr must be a finite number > 0 or None, got '0.1'"),
+        ({"max_lr": -0.1}, "max_lr must be a finite number >= 0 or None, got -0.1"),
+        ({"max_lr": "0.1"}, "max_lr must be a finite number >= 0 or None, got '0.1'"),
         ({"max_lr": float("inf")}, "max_lr must be"),
         ({"weight_decay_schedule": 0.1}, "weight_decay_schedule must be a value from fused_clr.schedules or None"),
         ({"weight_decay_schedule": Cyclic(0.1, 0.2, 4)}, "weight_decay_schedule must not drive the momentum"),
@@ -259,7 +259,7 @@ def test_conversion_to_torch_names_what_torch_has_not() -> None:
         optimizer = FusedAdamW(new_params(), schedule=cycle, **given)
         with pytest.raises(ValueError, match=f"has {next(iter(given))}=.* cannot be converted"):
             unfuse(optimizer)
-    plain, scheduler = unfuse(FusedAdamW(new_params(), schedule=cycle, max_lr=0.5))
+    plain, scheduler = unfuse(FusedAdamW(new_params(), schedule=cycle))
     assert not {"weight_decay_mode", "max_lr", "weight_decay_schedule"} & set(plain.param_groups[0])
     fused, _ = fuse(plain, scheduler)
     assert fused.param_groups[0]["weight_decay_mode"] == "lr"

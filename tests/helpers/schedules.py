@@ -22,6 +22,7 @@ from fused_clr.schedules import (
     CosineRestarts,
     Cyclic,
     Exponential,
+    ExponentialDecay,
     InverseSqrt,
     Linear,
     OneCycle,
@@ -295,7 +296,7 @@ def torch_peers() -> dict[str, Peer]:
             last,
         ),
         "ExponentialLR-scaled": (
-            repeated(Segment(1, Shape.CONSTANT, (lr, lr)), factor=gamma, per="step"),
+            ExponentialDecay(lr, gamma),
             lambda o: lr_scheduler.ExponentialLR(o, gamma),
             last,
         ),

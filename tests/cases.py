@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from fused_clr import CyclicLR, FusedAdam, FusedAdamW, schedules
+import fused_clr
+from fused_clr import CyclicLR, FusedAdam, FusedAdamW
 
 
 class OptimizerCase(NamedTuple):
@@ -39,19 +40,21 @@ class ScheduleCase(NamedTuple):
 
     Attributes:
         name: The test id.
-        ours: The scheduler class.
+        ours: The scheduler class, or a function that makes several on one optimizer.
         torch_peer: torch's class of the same arguments.
-        value: The schedule's class.
         arguments: Of both schedulers, for two param groups: a list has an entry for each.
         steps: Two whole cycles, or what else shows all of the schedule, and a step more.
+        end: The last step at which both are to agree. After it ours holds its learning rate, and torch's does not.
+        jumps: The next learning rate of torch's does not follow from the present one.
     """
 
     name: str
-    ours: type[Any]
-    torch_peer: type[Any]
-    value: type[Any]
+    ours: Callable[..., Any]
+    torch_peer: Callable[..., Any]
     arguments: dict[str, Any]
     steps: int
+    end: int = 10**6
+    jumps: bool = True
 
     def of_group(self, index: int) -> dict[str, Any]:
         """The arguments for one param group alone."""
@@ -59,12 +62,37 @@ class ScheduleCase(NamedTuple):
 
     def schedule(self, index: int = 0) -> Any:
         """The schedule of a param group, as a value."""
-        return self.value(**self.of_group(index))
+        optimizer = FusedAdam([torch.nn.Parameter(torch.ones(1))])
+        return self.ours(optimizer, **self.of_group(index)).schedules[0]
 
 
 def cyclic(name: str, steps: int, up: float, down: float, **arguments: Any) -> ScheduleCase:
     bounds = {"base_lr": [1e-4, 1e-3], "max_lr": [1e-2, 2e-2], "step_size_up": up, "step_size_down": down}
-    return ScheduleCase(name, CyclicLR, lr_scheduler.CyclicLR, schedules.Cyclic, bounds | arguments, steps)
+    return ScheduleCase(name, CyclicLR, lr_scheduler.CyclicLR, bounds | arguments, steps)
+
+
+def family(name: str, kind: str, steps: int, end: int = 10**6, **arguments: Any) -> ScheduleCase:
+    closed_form = getattr(fused_clr, kind).CLOSED_FORM
+    peers = getattr(fused_clr, kind), getattr(lr_scheduler, kind)
+    return ScheduleCase(name, *peers, arguments, steps, end, closed_form)
+
+
+def sequential(name: str, steps: int, end: int, milestones: tuple[int, ...], **kinds: dict[str, Any]) -> ScheduleCase:
+    """A SequentialLR of some classes with their arguments."""
+
+    def made(module: Any) -> Callable[..., Any]:
+        def make(optimizer: Any, milestones: tuple[int, ...], last_epoch: int = -1) -> Any:
+            each = [getattr(module, kind)(optimizer, **arguments) for kind, arguments in kinds.items()]
+            return module.SequentialLR(optimizer, each, milestones, last_epoch)
+
+        return make
+
+    return ScheduleCase(name, made(fused_clr), made(lr_scheduler), {"milestones": milestones}, steps, end, jumps=False)
+
+
+def in_turn(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """As many rows as the longest factor has values; those of the others take turns."""
+    return [tuple(own[index % len(own)] for own in factors) for index in range(max(map(len, factors)))]
 
 
 # Small second moments underflow in float16, and the default eps with them: a division by 0, in torch too.
@@ -76,7 +104,7 @@ ADAMW = OptimizerCase("AdamW", FusedAdamW, torch.optim.AdamW, ADAM_FLAGS, ADAM_S
 TRIANGULAR2 = cyclic("triangular2", 23, 7, 4, mode="triangular2")
 
 OPTIMIZERS = {case.name: case for case in (ADAM, ADAMW)}
-SCHEDULES = {
+CYCLES = {
     case.name: case
     for case in (
         TRIANGULAR2,
@@ -87,12 +115,48 @@ SCHEDULES = {
         cyclic("exp_range-constant-momentum", 13, 3, 3, mode="exp_range", gamma=0.97, cycle_momentum=False),
     )
 }
+# Those of the other schedulers.
+FAMILIES = {
+    case.name: case
+    for case in (
+        family("one-cycle", "OneCycleLR", 19, 79, max_lr=[1e-2, 2e-2], total_steps=80, pct_start=0.11),
+        family(
+            "one-cycle-three-phases",
+            "OneCycleLR",
+            17,
+            79,
+            max_lr=[1e-2, 2e-2],
+            epochs=8,
+            steps_per_epoch=10,
+            pct_start=0.09,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+            div_factor=7.0,
+            final_div_factor=30.0,
+            three_phase=True,
+        ),
+        family("cosine", "CosineAnnealingLR", 13, 80, T_max=80, eta_min=1e-4),
+        family("restarts", "CosineAnnealingWarmRestarts", 17, T_0=5, T_mult=2, eta_min=1e-5),
+        family("linear", "LinearLR", 11, start_factor=0.1, total_iters=9),
+        family("exponential", "ExponentialLR", 11, gamma=0.97),
+        family("polynomial", "PolynomialLR", 11, total_iters=9, power=2.0),
+        family("constant", "ConstantLR", 11, factor=0.25, total_iters=7),
+        sequential(
+            "sequence",
+            19,
+            10**6,
+            (4, 7, 12),
+            ConstantLR={"factor": 0.25, "total_iters": 2},
+            LinearLR={"start_factor": 0.1, "total_iters": 3},
+            CosineAnnealingWarmRestarts={"T_0": 3},
+            ExponentialLR={"gamma": 0.97},
+        ),
+    )
+}
+SCHEDULES = CYCLES | FAMILIES
 
 # Every schedule with one optimizer, and every optimizer with one schedule, at least.
-IN_TURN = [
-    (list(OPTIMIZERS.values())[index % len(OPTIMIZERS)], list(SCHEDULES.values())[index % len(SCHEDULES)])
-    for index in range(max(len(OPTIMIZERS), len(SCHEDULES)))
-]
+IN_TURN = in_turn(list(OPTIMIZERS.values()), list(SCHEDULES.values()))
 
 by_optimizer = pytest.mark.parametrize("optimizer_case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 by_schedule = pytest.mark.parametrize("schedule_case", SCHEDULES.values(), ids=SCHEDULES)

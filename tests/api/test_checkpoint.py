@@ -16,14 +16,16 @@ from fused_clr import CyclicLR, FusedAdam, FusedAdamW
 from fused_clr._host.hyperparameters import OWN_KEYS
 from fused_clr.schedules import Cyclic, Schedule, sequence
 from tests.cases import (
+    CYCLES,
+    FAMILIES,
     IN_TURN,
     OPTIMIZERS,
-    SCHEDULES,
     OptimizerCase,
     ScheduleCase,
     by_optimizer,
     by_rows,
     covering,
+    in_turn,
     momenta_of,
 )
 from tests.helpers.pairs import Pair, assert_same_params, make_both, make_pair, record_step, train
@@ -43,8 +45,9 @@ def saved(pair: Pair) -> tuple[dict[str, Any], dict[str, Any]]:
 
 ROUTES = ["torch-to-ours", "ours-to-torch", "ours-to-ours"]
 ORDERS = ["scheduler-first", "optimizer-first"]
-# Every way to load meets every optimizer; every schedule meets every optimizer and order.
-ROWS = covering(ROUTES, list(OPTIMIZERS.values()), list(SCHEDULES.values()), ORDERS)
+# Every way to load meets every optimizer; every cycle meets every optimizer and order.
+ROWS = covering(ROUTES, list(OPTIMIZERS.values()), list(CYCLES.values()), ORDERS)
+ROWS += in_turn(ROUTES, list(OPTIMIZERS.values()), list(FAMILIES.values()), ORDERS)
 
 
 @by_rows("route optimizer_case schedule_case order", ROWS)

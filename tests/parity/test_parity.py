@@ -9,7 +9,18 @@ import torch
 
 from fused_clr._device.step_plan import LaunchConfig
 from fused_clr._device.triton import TritonEngine
-from tests.cases import OPTIMIZERS, SCHEDULES, OptimizerCase, ScheduleCase, by_optimizer, by_rows, covering, momenta_of
+from tests.cases import (
+    CYCLES,
+    FAMILIES,
+    OPTIMIZERS,
+    OptimizerCase,
+    ScheduleCase,
+    by_optimizer,
+    by_rows,
+    covering,
+    in_turn,
+    momenta_of,
+)
 from tests.helpers.tolerances import AFTER_STEPS, SCHEDULED
 
 # In the interpreter, which takes its time, two cycles.
@@ -83,7 +94,9 @@ class Run:
 
 
 # Any two of them meet: a schedule, a dtype, an optimizer, and its flags off and on.
-ROWS = covering(list(SCHEDULES.values()), list(AFTER_STEPS), list(OPTIMIZERS.values()), [False, True], [False, True])
+FACTORS: list[Any] = [list(AFTER_STEPS), list(OPTIMIZERS.values()), [False, True], [False, True]]
+# The schedulers that differ in the learning rate alone meet each of the others once.
+ROWS = covering(list(CYCLES.values()), *FACTORS) + in_turn(list(FAMILIES.values()), *FACTORS)
 
 
 @by_rows("schedule_case dtype optimizer_case first second", ROWS)

@@ -57,14 +57,22 @@ class Program:
             ours, seed, optimizer_case=optimizer, schedule_case=schedule, dtype=torch.float64, **flags
         )
         self.ours, self.theirs = self.make(True), self.make(False)
+        self.end = schedule.end
         self.log = [f"{optimizer.name}, {schedule.name}, {flags}"]
         self.graph: testing.RecordedGraph | None = None
         self.static: list[torch.Tensor] = []
 
     def run(self, length: int) -> None:
         for _ in range(length):
+            if self.is_over:
+                return
             self.do(self.random.choice([take_step, take_step, replay, *anywhere]))
         self.do(take_step)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether torch's scheduler may soon do something else than ours: the next operations are up to 6 steps."""
+        return bool(self.theirs.scheduler.last_epoch > self.end - 6)
 
     def do(self, operation: Operation) -> None:
         self.log.append(operation.__name__)

@@ -28,11 +28,12 @@ def torch_table(name: str) -> list[tuple[float, float]]:
     optimizer = ADAM.torch_peer([torch.nn.Parameter(torch.ones(1))])
     scheduler = case.torch_peer(optimizer, **case.of_group(0))
     values = []
-    for _ in range(LAST_STEP + 1):
+    for _ in range(min(LAST_STEP, case.end) + 1):
         values.append((optimizer.param_groups[0]["lr"], momenta_of(optimizer.param_groups[0])[0]))
         optimizer.step()
         scheduler.step()
-    return values
+    # After its end, ours holds its last value.
+    return values + values[-1:] * (LAST_STEP + 1 - len(values))
 
 
 class Machine(RuleBasedStateMachine):

@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 PARTS := steps-small
 DEVICE := cpu
 
-.PHONY: setup demo test lint types audit bench compat
+.PHONY: setup demo test lint types audit bench compat pretended-gpu
 
 setup: $(INSTALLED)
 
@@ -45,3 +45,7 @@ bench: $(INSTALLED)
 # In environments of its own, under .compat.
 compat:
 	$(PYTHON) tests/compat.py
+
+# In an environment of its own, under .pretended-gpu: gigabytes.
+pretended-gpu:
+	$(PYTHON) -m tests.pretended_gpu.build

@@ -89,16 +89,11 @@ class Interpreter:
             environment.pop(name, None)
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()
-        atexit.register(self._close)
+        atexit.register(self._process.kill)
 
     def run(self, *request: Any) -> Any:
         self._connection.send(request)
         return self._connection.recv()
-
-    def _close(self) -> None:
-        self._connection.close()
-        self._process.wait(10)
-        Path(ARENA).unlink(missing_ok=True)
 
 
 _interpreters: list[Interpreter] = []
@@ -429,5 +424,6 @@ def install() -> None:
 
     CompiledKernel._init_handles = remember
     DRIVER.gpu_set_callbacks(on_launch, on_node)
+    atexit.register(Path(ARENA).unlink, missing_ok=True)
     torch.cuda.init()
     PretendedDevice().__enter__()

@@ -174,7 +174,7 @@ class FusedScheduler(LRScheduler, ABC):
         optimizer = self._fused
         if optimizer._assigned_epoch is not None:
             return optimizer._assigned_epoch
-        return max(optimizer._read_schedule_step() - optimizer._awaits_scheduler, 0)
+        return optimizer.read_schedule_step()
 
     @last_epoch.setter
     def last_epoch(self, value: int) -> None:

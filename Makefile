@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 PARTS := steps-small
 DEVICE := cpu
 
-.PHONY: setup demo test lint types audit bench compat pretended-gpu
+.PHONY: setup demo test ptx pretended-gpu lint types audit bench compat
 
 setup: $(INSTALLED)
 
@@ -20,8 +20,21 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/fused-clr demo
 
+# Two processes: one has Triton's interpreter switched on, and in the other kernels are compiled.
 test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --hypothesis-profile=ci --benchmark-disable
+	FUSED_CLR_TEST_PTX=90 $(BIN)/pytest tests/ptx -m ptx --numprocesses 2 --dist worksteal
+
+# The same for two capabilities and other orders of warps, and the comparisons with torch on compiled kernels.
+COMPARISONS := parity clipping skipping replay captures
+ptx: $(INSTALLED)
+	for capability in 80 90; do \
+		export FUSED_CLR_TEST_PTX=$$capability; \
+		for seed in 1 2; do \
+			FUSED_CLR_TEST_PTX_SEED=$$seed $(BIN)/pytest tests/ptx -m ptx --numprocesses 2 --dist worksteal || exit; \
+		done; \
+		$(BIN)/pytest $(COMPARISONS:%=tests/parity/test_%.py) --numprocesses 2 --dist worksteal || exit; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,8 @@ LEFT_OUT = [
     "tests/parity/test_accuracy.py",
     "tests/parity/test_state_machine.py",
 ]
+# In a process of their own, without the interpreter.
+COMPILED = ["tests/ptx", "-m", "ptx"]
 TEST_PACKAGES = ("expecttest", "hypothesis", "pytest", "pytest-benchmark", "pytest-xdist", "tensorboard")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -128,16 +131,23 @@ def run(environment: Environment, folder: Path, cuda_builds: bool, options: list
             return Outcome(environment.name, f"torch {build}", f"not installed: {installed.stderr[-300:]}", failed=True)
     question = "import numpy, torch, triton; print(torch.__version__, triton.__version__, numpy.__version__)"
     versions = subprocess.run([python, "-c", question], capture_output=True, text=True).stdout.split()
-    tests = [*CORE, *(f"--ignore={path}" for path in LEFT_OUT)]
     command = [python, "-m", "pytest", "-q", "--numprocesses", "2", "--dist", "worksteal", *environment.pytest_options]
-    tested = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True)
-    lines = tested.stdout.strip().splitlines()
-    for line in lines:
-        if line.startswith(("FAILED", "ERROR")):
-            print(line, flush=True)
+    failed, summaries = False, []
+    for tests, variables in (
+        ([*CORE, *(f"--ignore={path}" for path in LEFT_OUT)], {}),
+        (COMPILED, {"FUSED_CLR_TEST_PTX": "90"}),
+    ):
+        tested = subprocess.run(
+            [*command, *tests], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+        )
+        failed |= tested.returncode != 0
+        lines = tested.stdout.strip().splitlines()
+        for line in lines:
+            if line.startswith(("FAILED", "ERROR")):
+                print(line, flush=True)
+        summaries.append(lines[-1] if lines else tested.stderr[-300:])
     words = zip(("torch", "triton", "numpy"), versions, strict=False)
-    summary = lines[-1] if lines else tested.stderr[-300:]
-    return Outcome(environment.name, ", ".join(map(" ".join, words)), summary, failed=tested.returncode != 0)
+    return Outcome(environment.name, ", ".join(map(" ".join, words)), "; ".join(summaries), failed)
 
 
 def main() -> int:

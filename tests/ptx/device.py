@@ -20,10 +20,13 @@ from triton.runtime import driver
 from fused_clr._device import launch as launcher
 from fused_clr._device import state
 from fused_clr._device.capture import Capture
+from fused_clr._device.step_plan import LaunchConfig
 from fused_clr._device.triton import TritonEngine
 
 from . import machine
 from .decode import Kernel
+from .dtypes import WARP
+from .faults import PtxError
 
 # Addresses of scratch memory, which Triton adds to the parameters of every kernel.
 NO_SCRATCH = (0, 0)
@@ -37,6 +40,7 @@ class Device:
         resident: Programs at a time; all if None.
         launches: The name of every kernel launched so far.
         rewrite: Changes the PTX before it runs: a fault to be found.
+        adapts: Give an engine's programs as many threads as `adapted` says.
 
     Args:
         capability: 80, 90, ...
@@ -50,6 +54,7 @@ class Device:
         self.resident = 2 if seed % 2 else None
         self.launches: list[str] = []
         self.rewrite: Callable[[str], str] = lambda ptx: ptx
+        self.adapts = True
         self._states: list[state.DeviceState] = []
         self._engines: list[TritonEngine] = []
         self._captures: list[Capture] = []
@@ -76,6 +81,14 @@ class Device:
         monkeypatch.setattr(state, "interpreted", lambda: True)
         cuda = SimpleNamespace(device=lambda device: contextlib.nullcontext(), current_device=lambda: None)
         monkeypatch.setattr(launcher, "torch", SimpleNamespace(cuda=cuda))
+        # Tests ask for small programs, which the interpreter does not divide into threads.
+        construct = TritonEngine.__init__
+
+        def with_enough_elements(engine: TritonEngine, *arguments: Any) -> None:
+            engine.config = adapted(engine.config) if self.adapts else engine.config
+            construct(engine, *arguments)
+
+        monkeypatch.setattr(TritonEngine, "__init__", with_enough_elements)
         # What tables point to, the engines know. The first launch is made while they are constructed.
         _remember(monkeypatch, state.DeviceState, "set_groups", self._states)
         _remember(monkeypatch, TritonEngine, "prepare", self._engines)
@@ -94,15 +107,18 @@ class Device:
             elif kind != "constexpr" and not isinstance(kind, tuple):
                 assert kind[0] in "iu", f"{name} has type {kind}"
                 values.append(value)
-        machine.launch(
-            self._kernels[ptx],
-            grid[0],
-            [*values, *NO_SCRATCH],
-            [(name, tensor.data_ptr(), _extent(tensor)) for name, tensor in tensors],
-            shared=compiled.metadata.shared,
-            seed=self.seed,
-            resident=self.resident,
-        )
+        try:
+            machine.launch(
+                self._kernels[ptx],
+                grid[0],
+                [*values, *NO_SCRATCH],
+                [(name, tensor.data_ptr(), _extent(tensor)) for name, tensor in tensors],
+                shared=compiled.metadata.shared,
+                seed=self.seed,
+                resident=self.resident,
+            )
+        except PtxError as error:
+            raise type(error)(f"{compiled.metadata.name}: {error}") from error
         self.seed += 1
         self.launches.append(compiled.metadata.name)
 
@@ -118,6 +134,15 @@ class Device:
                 yield from (("gradient buffer", buffer) for buffer in plan.buffers.values())
         for capture in self._captures:
             yield from (("captured", tensor) for tensor in capture.tensors if isinstance(tensor, Tensor))
+
+
+def adapted(config: LaunchConfig) -> LaunchConfig:
+    """As many lanes as threads and, as in what users get, 8 elements a thread, if there are so many.
+
+    With fewer, Triton gives an element to several threads, of which one stores what the others load.
+    """
+    num_warps = max(config.block_size // (8 * WARP), 2)
+    return config._replace(num_warps=num_warps, lanes=num_warps * WARP)
 
 
 def _remember(monkeypatch: pytest.MonkeyPatch, owner: type[Any], name: str, callers: list[Any]) -> None:

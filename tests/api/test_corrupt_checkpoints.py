@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cases import FAMILIES, TRIANGULAR2, ScheduleCase
 from tests.helpers.pairs import Pair, all_equal, copies, make_pair, train
 
 NAN = float("nan")
@@ -19,14 +20,16 @@ CORRUPT = {"text": "3", "nan": NAN, "none": None, "negative": -1, "list": [1, 2,
 UNREAD = {"_last_lr", "_is_initial", "_get_lr_called_within_step"}
 # Torch's checkpoints, or those of some schedules, are like that.
 ALLOWED = {
+    # They are milestones.
+    ("_milestones", "list"),
     *((key, "missing") for key in ("step_sizes", "schedule_step", "scale_fn_name", "_scale_fn_custom")),
     *((key, "missing") for key in ("_step_count", "use_beta1")),
     *((key, "none") for key in ("scale_fn", "total_steps", "scale_fn_name", "_scale_fn_custom")),
 }
 
 
-def stepped_pair() -> Pair:
-    pair = make_pair(True)
+def stepped_pair(schedule_case: ScheduleCase = TRIANGULAR2) -> Pair:
+    pair = make_pair(True, schedule_case=schedule_case)
     train(pair, 3)
     # Between the two steps: one flag more to lose.
     pair.optimizer.step()
@@ -121,4 +124,18 @@ def test_the_scheduler(backend: str) -> None:
         assert_refused(pair, pair.scheduler.load_state_dict, own | {key: value}, key, MISSING)
     for whole in ("3", None, [1]):
         assert_refused(pair, pair.scheduler.load_state_dict, whole, "state_dict", whole)
+    pair.scheduler.load_state_dict(own)
+
+
+@pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES)
+def test_the_other_schedulers(monkeypatch: pytest.MonkeyPatch, case: ScheduleCase) -> None:
+    monkeypatch.setenv("FUSED_CLR_BACKEND", "cpu")
+    pair = stepped_pair(case)
+    own = copy.deepcopy(pair.scheduler.state_dict())
+    for key, value in corruptions(own):
+        assert_refused(pair, pair.scheduler.load_state_dict, corrupted(own, key, value), key, value)
+    for index, each in enumerate(own.get("_schedulers", [])):
+        for key, value in corruptions(each):
+            states = [*own["_schedulers"][:index], corrupted(each, key, value), *own["_schedulers"][index + 1 :]]
+            assert_refused(pair, pair.scheduler.load_state_dict, own | {"_schedulers": states}, key, value)
     pair.scheduler.load_state_dict(own)

@@ -4,7 +4,7 @@ from .base import FusedScheduler
 from .cosine_restarts import CosineAnnealingWarmRestarts
 from .cyclic import CyclicLR
 from .one_cycle import OneCycleLR
-from .sequential import KINDS, SequentialLR, check_epoch, kind_of
+from .sequential import KINDS, SequentialLR
 from .simple import ConstantLR, CosineAnnealingLR, ExponentialLR, LinearLR, PolynomialLR
 
 __all__ = [
@@ -19,6 +19,4 @@ __all__ = [
     "OneCycleLR",
     "PolynomialLR",
     "SequentialLR",
-    "check_epoch",
-    "kind_of",
 ]

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 from typing_extensions import Self
 
-from .._checks import check_bool, check_integer
-from .._host.hyperparameters import MAX_SCHEDULE_STEP, check_schedule_step
+from .._host.hyperparameters import check_schedule_step
 from .._host.optimizer import FusedOptimizer
-from .._host.param_group import ParamGroup
 from .._torch_internals import uncompiled
 from .._warnings import warn
-from ..schedules import Cosine, OneCycle, Schedule
-from ..schedules.sequence import ScheduleSequence
+from ..schedules import Schedule
+from .checks import check_frame, check_last_epoch, check_last_lrs
 
 T = TypeVar("T")
 
 # Optimizer steps per scheduler step from which a loop looks like one that steps its scheduler once an epoch.
 STEPS_PER_CALL_LIMIT = 8
-
-# Allowed difference of a learning rate that torch computed from its schedule: torch's formulas drift.
-DRIFT = 1e-6
-# Likewise for a float32 tensor, which torch rounds once a step.
-TENSOR_DRIFT = 2.0**-24
 
 
 class FusedScheduler(LRScheduler, ABC):
@@ -248,7 +237,7 @@ class FusedScheduler(LRScheduler, ABC):
                 been loaded.
         """
         optimizer, present = self._fused, self.schedules
-        check_frame("state_dict", state_dict, type(self))
+        check_frame("state_dict", state_dict, type(self).__name__, self.NEEDED_KEYS)
         last_epoch = check_schedule_step("state_dict['last_epoch']", state_dict["last_epoch"])
         schedules = self.unpack("state_dict", state_dict, optimizer.param_groups[: len(present)], present)
         step, is_ahead = state_dict.get("schedule_step", (-1, False))
@@ -256,7 +245,7 @@ class FusedScheduler(LRScheduler, ABC):
             # Torch trained on, and carried our key along as it was; or a user changed last_epoch.
             step, is_ahead = last_epoch, False
             if not self.CLOSED_FORM:
-                _check_last_lrs(type(self), state_dict.get("_last_lr"), schedules, last_epoch)
+                check_last_lrs(type(self).__name__, state_dict.get("_last_lr"), schedules, last_epoch)
         optimizer._check_schedules(schedules)
         self._step_count = state_dict.get("_step_count", self._step_count)
         self._set_schedules(schedules)
@@ -288,149 +277,3 @@ class Argument(Generic[T]):
             "schedules of the groups. Create another scheduler, or give the groups schedules with "
             "optimizer.set_schedule()"
         )
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
-def check_optimizer(optimizer: Optimizer, kind: type[FusedScheduler], last_epoch: int) -> tuple[FusedOptimizer, int]:
-    """Checks the arguments that all schedulers have.
-
-    Returns:
-        The optimizer; the schedule step to start with.
-
-    Raises:
-        TypeError: ``optimizer`` is not a fused optimizer.
-        ValueError: ``last_epoch`` is not allowed.
-        KeyError: ``last_epoch`` is given and a group has no ``initial_lr``.
-    """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"optimizer must be a FusedAdam or FusedAdamW, got {type(optimizer).__name__}; "
-            f"torch.optim.lr_scheduler.{kind.__name__} drives torch's optimizers"
-        )
-    last_epoch = check_last_epoch(last_epoch)
-    if last_epoch != -1:
-        for index, group in enumerate(optimizer.param_groups):
-            needed_key(group, index, "initial_lr", last_epoch)
-    return optimizer, last_epoch + 1
-
-
-def needed_key(group: ParamGroup, index: int, key: str, last_epoch: int) -> Any:
-    """The value of a key that torch's schedulers write to a group, and need when they are resumed.
-
-    Raises:
-        KeyError: The group does not have it.
-    """
-    if key not in group:
-        raise KeyError(
-            f"param_groups[{index}] has no {key!r}, which last_epoch={last_epoch} needs: load the optimizer's "
-            "checkpoint first"
-        )
-    return group.stored(key)
-
-
-def check_last_epoch(value: Any) -> int:
-    """Checks a ``last_epoch``. Raises a ValueError if it is not allowed."""
-    allowed = ">= -1, and an integer below 2**53"
-    return check_integer("last_epoch", value, allowed, lambda n: -1 <= n < MAX_SCHEDULE_STEP)
-
-
-def per_group(name: str, value: Any, num_groups: int) -> list[Any]:
-    """One value per group, from one for all or a list."""
-    if not isinstance(value, (list, tuple)):
-        return [value] * num_groups
-    if len(value) != num_groups:
-        raise ValueError(f"{name} must have {num_groups} entries, one per param group, got {len(value)}: {value}")
-    return list(value)
-
-
-def common(kind: type[FusedScheduler], values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the schedules of all groups have in common: the first of some mappings that are equal.
-
-    Raises:
-        ValueError: They differ, which torch's class cannot express; the message names the value.
-    """
-    for index, own in enumerate(values):
-        for key, first in values[0].items():
-            if own[key] != first:
-                raise ValueError(
-                    f"param_groups[{index}] has {key}={own[key]!r} and param_groups[0] {first!r}: torch's "
-                    f"{kind.__name__} has one for all groups"
-                )
-    return dict(values[0])
-
-
-def pack_frame(
-    base_lrs: Sequence[float], last_epoch: int, step_count: int, last_lrs: Sequence[float]
-) -> dict[str, Any]:
-    """The keys in a state_dict of all of torch's classes but SequentialLR; see `FusedScheduler.pack`."""
-    return {
-        "base_lrs": list(base_lrs),
-        "last_epoch": last_epoch,
-        "_step_count": step_count,
-        "_is_initial": False,
-        "_get_lr_called_within_step": False,
-        "_last_lr": list(last_lrs),
-    }
-
-
-def check_frame(name: str, state: Any, kind: type[FusedScheduler]) -> None:
-    """Checks that a state_dict has the keys of torch's class, and the values of `pack_frame`.
-
-    Raises:
-        ValueError: A key is missing or a value not allowed; the message names it.
-    """
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{name} must be that of a {kind.__name__}, got {state!r}")
-    missing = kind.NEEDED_KEYS - set(state)
-    if missing:
-        raise ValueError(f"{name} is not that of a {kind.__name__}: it has no {sorted(missing)}")
-    allowed = "an integer >= -1"
-    check_integer(f"{name}['last_epoch']", state["last_epoch"], allowed, lambda n: -1 <= n <= MAX_SCHEDULE_STEP)
-    check_integer(f"{name}['_step_count']", state.get("_step_count", 0), "an integer >= 0", lambda n: n >= 0)
-    if "schedule_step" in state:
-        pair = state["schedule_step"]
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"{name}['schedule_step'] must be a pair, got {pair!r}")
-        check_schedule_step(f"{name}['schedule_step'][0]", pair[0])
-        check_bool(f"{name}['schedule_step'][1]", pair[1])
-
-
-def is_close(value: Any, expected: float, scale: float, step: int) -> bool:
-    """Whether a learning rate or momentum of torch's is the one of the schedule, but for drift.
-
-    Args:
-        value: Float, or a tensor of 1 element.
-        expected: What the schedule says.
-        scale: The largest value of the schedule: torch's formulas cancel near 0.
-        step: The schedule step.
-    """
-    drift = DRIFT + (TENSOR_DRIFT * step if isinstance(value, Tensor) else 0.0)
-    return math.isclose(float(value), expected, rel_tol=drift, abs_tol=drift * scale)
-
-
-def turns_in_torch(schedule: Schedule, step: int) -> bool:
-    """Whether a schedule is past its end, in a scheduler of torch that does not hold its last value there."""
-    if isinstance(schedule, ScheduleSequence):
-        index = bisect_right(schedule.milestones, step)
-        return turns_in_torch(schedule.schedules[index], step - (0, *schedule.milestones)[index])
-    return isinstance(schedule, (Cosine, OneCycle)) and step > schedule.end_step()
-
-
-def _check_last_lrs(kind: type[FusedScheduler], saved: Any, schedules: Sequence[Schedule], step: int) -> None:
-    """Checks the learning rates that torch's class would continue from."""
-    for index, schedule in enumerate(schedules):
-        if turns_in_torch(schedule, step):
-            raise ValueError(
-                f"state_dict['last_epoch'] must not be past the end of the schedule, where torch's {kind.__name__} "
-                f"does not hold its last learning rate as ours does, got {step}, after {schedule}"
-            )
-        lr = schedule.lr(step)
-        try:
-            agrees = saved is None or is_close(saved[index], lr, schedule.largest_lr, step)
-        except (TypeError, ValueError, LookupError):
-            agrees = False
-        if not agrees:
-            raise ValueError(
-                f"state_dict['_last_lr'] must agree with its other values, which give {lr} for param_groups[{index}] "
-                f"at step {step}, got {saved!r}: something else wrote the learning rate"
-            )

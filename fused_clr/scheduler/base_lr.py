@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from .._checks import check_integer
 from ..schedules import Schedule
 from ..schedules.fields import END_OF_STEPS, checked_lr
-from .base import FusedScheduler, check_optimizer, common, pack_frame
+from .base import FusedScheduler
+from .checks import check_optimizer, common, pack_frame
 
 
 def no_position(arguments: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -41,7 +42,7 @@ class BaseLRScheduler(FusedScheduler):
         """``base_lr`` and the arguments of a schedule; None for one that `build` does not make."""
 
     def _start(self, optimizer: Optimizer, last_epoch: int, **arguments: Any) -> None:
-        fused, step = check_optimizer(optimizer, type(self), last_epoch)
+        fused, step = check_optimizer(optimizer, type(self).__name__, last_epoch)
         groups = fused._adopt_groups()
         base_lrs = []
         for index, group in enumerate(groups):
@@ -70,7 +71,7 @@ class BaseLRScheduler(FusedScheduler):
         arguments = [dict(cls.read(schedule) or {}) for schedule in schedules]
         for own in arguments:
             del own["base_lr"]
-        return common(cls, arguments)
+        return common(cls.__name__, arguments)
 
     @classmethod
     def pack(

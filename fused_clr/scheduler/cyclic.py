@@ -16,7 +16,8 @@ from ..schedules import Cyclic, Schedule
 from ..schedules.base import function_name
 from ..schedules.cyclic import SCALE_MODES
 from ..schedules.parts import host_function, is_triton_function
-from .base import Argument, FusedScheduler, check_optimizer, common, pack_frame, per_group
+from .base import Argument, FusedScheduler
+from .checks import check_optimizer, common, pack_frame, per_group
 
 # What torch's CyclicLR has once for all groups, and our schedules for each.
 COMMON_FIELDS = ("step_size_up", "step_size_down", "mode", "gamma", "scale_fn", "scale_mode", "cycle_momentum")
@@ -99,7 +100,7 @@ class CyclicLR(FusedScheduler):
         last_epoch: int = -1,
         total_steps: int | None = None,
     ) -> None:
-        fused, step = check_optimizer(optimizer, CyclicLR, last_epoch)
+        fused, step = check_optimizer(optimizer, "CyclicLR", last_epoch)
         num_groups = len(fused.param_groups)
         given = zip(BOUNDS, (base_lr, max_lr, base_momentum, max_momentum), strict=True)
         bounds = {name: per_group(name, value, num_groups) for name, value in given}
@@ -196,7 +197,9 @@ class CyclicLR(FusedScheduler):
     @classmethod
     def arguments_of(cls, schedules: Sequence[Cyclic]) -> dict[str, Any]:
         """See `FusedScheduler.arguments_of`."""
-        fields = common(cls, [{field: getattr(schedule, field) for field in COMMON_FIELDS} for schedule in schedules])
+        fields = common(
+            cls.__name__, [{field: getattr(schedule, field) for field in COMMON_FIELDS} for schedule in schedules]
+        )
         return fields | {field: [getattr(schedule, field) for schedule in schedules] for field in BOUNDS}
 
     @classmethod

@@ -11,8 +11,9 @@ from torch.optim import Optimizer, lr_scheduler
 
 from .._checks import check_bool, check_number
 from ..schedules import OneCycle, Schedule
-from .base import Argument, FusedScheduler, check_optimizer, common, needed_key, pack_frame, per_group
+from .base import Argument, FusedScheduler
 from .base_lr import check_count, saved_lrs
+from .checks import check_optimizer, common, needed_key, pack_frame, per_group
 
 # What torch's OneCycleLR has once for all groups. It also has div_factor and final_div_factor, which become keys of the
 # groups.
@@ -88,7 +89,7 @@ class OneCycleLR(FusedScheduler):
         three_phase: bool = False,
         last_epoch: int = -1,
     ) -> None:
-        fused, step = check_optimizer(optimizer, OneCycleLR, last_epoch)
+        fused, step = check_optimizer(optimizer, "OneCycleLR", last_epoch)
         if total_steps is None:
             if epochs is None or steps_per_epoch is None:
                 raise ValueError("total_steps must be given, or both epochs and steps_per_epoch")
@@ -129,7 +130,9 @@ class OneCycleLR(FusedScheduler):
     @classmethod
     def arguments_of(cls, schedules: Sequence[OneCycle]) -> dict[str, Any]:
         """See `FusedScheduler.arguments_of`: without the factors, which torch needs only for the keys of the groups."""
-        fields = common(cls, [{field: getattr(schedule, field) for field in COMMON_FIELDS} for schedule in schedules])
+        fields = common(
+            cls.__name__, [{field: getattr(schedule, field) for field in COMMON_FIELDS} for schedule in schedules]
+        )
         return fields | {name: [getattr(schedule, name) for schedule in schedules] for name in ("max_lr", *MOMENTA)}
 
     @classmethod

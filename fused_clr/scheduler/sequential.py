@@ -9,7 +9,8 @@ from torch.optim import Optimizer, lr_scheduler
 
 from ..schedules import Constant, Schedule, sequence
 from ..schedules.sequence import ScheduleSequence
-from .base import FusedScheduler, check_frame, check_optimizer, common
+from .base import FusedScheduler
+from .checks import check_frame, check_optimizer, common
 from .cosine_restarts import CosineAnnealingWarmRestarts
 from .cyclic import CyclicLR
 from .one_cycle import OneCycleLR
@@ -66,7 +67,7 @@ class SequentialLR(FusedScheduler):
         milestones: Sequence[int],
         last_epoch: int = -1,
     ) -> None:
-        fused, step = check_optimizer(optimizer, SequentialLR, last_epoch)
+        fused, step = check_optimizer(optimizer, "SequentialLR", last_epoch)
         if not isinstance(schedulers, (list, tuple)) or not schedulers:
             raise ValueError(f"schedulers must be a list of at least one scheduler, got {schedulers!r}")
         num_groups = len(fused.param_groups)
@@ -98,7 +99,11 @@ class SequentialLR(FusedScheduler):
     @classmethod
     def arguments_of(cls, schedules: Sequence[ScheduleSequence]) -> dict[str, Any]:
         """See `FusedScheduler.arguments_of`: without the schedulers, which `columns_of` tells."""
-        return {"milestones": list(common(cls, [{"milestones": own.milestones} for own in schedules])["milestones"])}
+        return {
+            "milestones": list(
+                common(cls.__name__, [{"milestones": own.milestones} for own in schedules])["milestones"]
+            )
+        }
 
     @classmethod
     def columns_of(cls, schedules: Sequence[ScheduleSequence]) -> list[tuple[type[FusedScheduler], list[Schedule]]]:
@@ -107,7 +112,7 @@ class SequentialLR(FusedScheduler):
         Raises:
             ValueError: The groups have different ones.
         """
-        common(cls, [{"len(schedulers)": len(own.schedules)} for own in schedules])
+        common(cls.__name__, [{"len(schedulers)": len(own.schedules)} for own in schedules])
         columns = []
         for index, column in enumerate(zip(*(own.schedules for own in schedules), strict=True)):
             kind = kind_of(column)
@@ -164,7 +169,7 @@ class SequentialLR(FusedScheduler):
         loaded = []
         for index, ((kind, column), own) in enumerate(zip(columns, saved, strict=True)):
             own_name = f"{name}['_schedulers'][{index}]"
-            check_frame(own_name, own, kind)
+            check_frame(own_name, own, kind.__name__, kind.NEEDED_KEYS)
             check_epoch(own_name, own["last_epoch"], kind, milestones, index, state["last_epoch"])
             loaded.append(kind.unpack(own_name, own, groups, column))
         return [ScheduleSequence(own, milestones) for own in zip(*loaded, strict=True)]

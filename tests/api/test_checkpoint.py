@@ -17,7 +17,6 @@ from fused_clr._host.hyperparameters import OWN_KEYS
 from fused_clr.schedules import Cyclic, Schedule, sequence
 from tests.cases import (
     CYCLES,
-    FAMILIES,
     IN_TURN,
     OPTIMIZERS,
     OptimizerCase,
@@ -25,7 +24,6 @@ from tests.cases import (
     by_optimizer,
     by_rows,
     covering,
-    in_turn,
     momenta_of,
 )
 from tests.helpers.pairs import Pair, assert_same_params, make_both, make_pair, record_step, train
@@ -47,7 +45,6 @@ ROUTES = ["torch-to-ours", "ours-to-torch", "ours-to-ours"]
 ORDERS = ["scheduler-first", "optimizer-first"]
 # Every way to load meets every optimizer; every cycle meets every optimizer and order.
 ROWS = covering(ROUTES, list(OPTIMIZERS.values()), list(CYCLES.values()), ORDERS)
-ROWS += in_turn(ROUTES, list(OPTIMIZERS.values()), list(FAMILIES.values()), ORDERS)
 
 
 @by_rows("route optimizer_case schedule_case order", ROWS)

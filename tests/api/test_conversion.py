@@ -13,14 +13,16 @@ import triton.language as tl
 from torch.optim import lr_scheduler
 
 from fused_clr import CyclicLR, FusedAdam, fuse, schedules, unfuse
-from tests.cases import OPTIMIZERS, SCHEDULES, OptimizerCase, ScheduleCase, by_optimizer, cyclic
+from tests.cases import CYCLES as ALL_CYCLES
+from tests.cases import OPTIMIZERS, OptimizerCase, ScheduleCase, by_optimizer, cyclic
 from tests.helpers.pairs import Pair, assert_same_params, make_pair, train
 from tests.helpers.tolerances import AFTER_STEPS, SCHEDULED
 
 # Each of two values was rounded to float32.
 FLOAT32_ROUNDINGS = 2 * 2.0**-24
 
-CYCLES: dict[str, ScheduleCase] = SCHEDULES | {
+# tests/api/test_torch_schedulers.py has the other schedulers.
+CYCLES: dict[str, ScheduleCase] = ALL_CYCLES | {
     "scale_fn": cyclic("scale_fn", 23, 7, 4, scale_fn=lambda cycle: 1 / cycle, scale_mode="cycle"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -136,6 +136,9 @@ def test_the_other_schedulers(monkeypatch: pytest.MonkeyPatch, case: ScheduleCas
         assert_refused(pair, pair.scheduler.load_state_dict, corrupted(own, key, value), key, value)
     for index, each in enumerate(own.get("_schedulers", [])):
         for key, value in corruptions(each):
+            if each[key] == value:
+                # A scheduler that has not begun.
+                continue
             states = [*own["_schedulers"][:index], corrupted(each, key, value), *own["_schedulers"][index + 1 :]]
             assert_refused(pair, pair.scheduler.load_state_dict, own | {"_schedulers": states}, key, value)
     pair.scheduler.load_state_dict(own)

@@ -137,8 +137,12 @@ def test_attributes_are_torchs(on_cpu: None, case: ScheduleCase) -> None:
 
 
 # -- boundaries ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "step"), AT_BOUNDARIES)
-def test_resuming_is_bitwise(on_cpu: None, name: str, step: int) -> None:
+@pytest.mark.parametrize(
+    ("backend_name", "name", "step"),
+    [("cpu", *own) for own in AT_BOUNDARIES] + [("triton", "sequence", 12), ("triton", "restarts", 5)],
+)
+def test_resuming_is_bitwise(monkeypatch: pytest.MonkeyPatch, backend_name: str, name: str, step: int) -> None:
+    monkeypatch.setenv("FUSED_CLR_BACKEND", backend_name)
     case = FAMILIES[name]
     source = make_pair(True, schedule_case=case)
     train(source, step)

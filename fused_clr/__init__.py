@@ -4,6 +4,7 @@ from . import schedules, testing
 from .convert import fuse, unfuse
 from .graphs import CapturedStep, GraphedStep
 from .optim import FusedAdam, FusedAdamW
+from .range_test import RangeTest, Suggestion, range_test, suggest_step_size
 from .scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -32,10 +33,14 @@ __all__ = [
     "Live",
     "OneCycleLR",
     "PolynomialLR",
+    "RangeTest",
     "SequentialLR",
     "Status",
+    "Suggestion",
     "fuse",
+    "range_test",
     "schedules",
+    "suggest_step_size",
     "testing",
     "unfuse",
 ]

@@ -69,6 +69,30 @@ def storage_users(tensor: Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
+def writes_overlap(tensor: Tensor) -> bool:
+    """Whether elements share memory, as after ``expand``: torch then refuses to write the tensor in place."""
+    return bool(tensor.layout == torch.strided and torch._debug_has_internal_overlap(tensor) == 1)
+
+
+def save_scaler_stages(scaler: torch.amp.GradScaler) -> Callable[[], None]:
+    """Copies what ``state_dict`` leaves out: for which optimizers the scaler is between ``unscale_`` and ``update``.
+
+    Returns:
+        A function that puts it back.
+    """
+    # A disabled scaler has none.
+    states = getattr(scaler, "_per_optimizer_states", {})
+    saved = {key: dict(state) for key, state in states.items()}
+
+    def restore() -> None:
+        # Another dict: update() replaces it.
+        states = getattr(scaler, "_per_optimizer_states", {})
+        states.clear()
+        states.update({key: dict(state) for key, state in saved.items()})
+
+    return restore
+
+
 def uncompiled(function: Function) -> Function:
     """Keeps `torch.compile` from compiling a function: a call is one graph break, and nothing compiles again.
 

@@ -6,6 +6,7 @@ Drawn without pyplot, so that no window system and no global state is involved.
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
+from ._curves import Suggestion, centred_trend
 from .schedules import (
     Constant,
     Cosine,
@@ -72,6 +74,42 @@ def schedule_figure(lr: NDArray[np.float64], momentum: NDArray[np.float64] | Non
     panels[-1].set_xlabel("schedule step")
     panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     figure.suptitle(title)
+    return figure
+
+
+def range_figure(
+    lr: NDArray[np.float64],
+    loss: NDArray[np.float64],
+    smoothed: NDArray[np.float64],
+    stopped_by: str,
+    suggestion: Suggestion,
+) -> Figure:
+    """Losses of a range test against the learning rate, with the bounds of a suggestion.
+
+    Args:
+        lr: float64[n]. See `fused_clr.RangeTest`, for the next three too.
+        loss: float64[n].
+        smoothed: float64[n].
+        stopped_by: Why it stopped.
+        suggestion: Its bounds are marked, and its reason is the title.
+    """
+    figure = _figure(9, 4.5)
+    axes = figure.subplots()
+    axes.plot(lr, loss, ".-", color=TORCH_PALE, linewidth=1, label="loss")
+    axes.plot(lr, centred_trend(loss), color=OURS, linewidth=1.8, label="loss, centred trend")
+    axes.plot(lr, smoothed, color="gray", linestyle=":", linewidth=1.2, label="loss, average of the past")
+    axes.set_xscale("log" if lr[:1].all() else "linear")
+    # Diverging losses would hide the rest.
+    low, high = loss.min(initial=math.inf), smoothed[:1].max(initial=-math.inf)
+    if low < high:
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
+    if suggestion.base_lr is not None and suggestion.max_lr is not None:
+        axes.axvspan(suggestion.base_lr, suggestion.max_lr, color=MOMENTUM, alpha=0.15)
+        for name, bound in (("base_lr", suggestion.base_lr), ("max_lr", suggestion.max_lr)):
+            axes.axvline(bound, color=MOMENTUM, linewidth=1.2, label=f"{name} {bound:.1e}")
+    _label(axes, "learning rate", "training loss", suggestion.reason)
+    axes.legend(loc="lower left")
+    figure.suptitle(f"range test, {len(lr)} steps ({stopped_by}); rule: {suggestion.rule}")
     return figure
 
 

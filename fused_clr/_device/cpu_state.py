@@ -203,3 +203,13 @@ class CpuState(EngineState):
             grad_scale=np.array(grad_scales, np.float64),
             skipped=np.array(skipped, np.bool_),
         )
+
+    def save_telemetry(self) -> Any:
+        """See `EngineState.save_telemetry`."""
+        return self._grad_norm.copy(), self.clip_coefficient, list(self._history)
+
+    def load_telemetry(self, saved: Any) -> None:
+        """See `EngineState.load_telemetry`."""
+        self._grad_norm[...], self.clip_coefficient, history = saved
+        self._history.clear()
+        self._history.extend(history)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +97,14 @@ class EngineState(ABC):
     @abstractmethod
     def read_history(self, count: int) -> History:
         """The latest steps, in one copy."""
+
+    @abstractmethod
+    def save_telemetry(self) -> Any:
+        """Copies the history and the last norm, for `load_telemetry`."""
+
+    @abstractmethod
+    def load_telemetry(self, saved: Any) -> None:
+        """Puts back what `save_telemetry` copied, in place."""
 
 
 class Engine(ABC):

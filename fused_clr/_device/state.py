@@ -322,3 +322,13 @@ class DeviceState(EngineState):
             grad_scale=rows[:, 0, layout.ENTRY_GRAD_SCALE.value].copy(),
             skipped=rows[:, 0, layout.ENTRY_SKIPPED.value] != 0,
         )
+
+    def save_telemetry(self) -> Any:
+        """See `EngineState.save_telemetry`."""
+        return self.memory.norm.clone(), self.memory.history.clone()
+
+    def load_telemetry(self, saved: Any) -> None:
+        """See `EngineState.load_telemetry`."""
+        norm, history = saved
+        self.memory.norm.copy_(norm)
+        self.memory.history.copy_(history)

@@ -22,8 +22,9 @@ WITHOUT_EXAMPLES = ("schedules.compiled", "schedules.fields", "schedules.parts",
 
 
 def test_public_names() -> None:
-    classes = ["CapturedStep", "FusedAdam", "FusedAdamW", "GraphedStep", "History", "Live", "Status", *KINDS]
-    assert sorted(fused_clr.__all__) == [*sorted(classes), "fuse", "schedules", "testing", "unfuse"]
+    classes = ["CapturedStep", "FusedAdam", "FusedAdamW", "GraphedStep", "History", "Live", "RangeTest", "Status"]
+    functions = ["fuse", "range_test", "schedules", "suggest_step_size", "testing", "unfuse"]
+    assert sorted(fused_clr.__all__) == [*sorted([*classes, "Suggestion", *KINDS]), *functions]
     assert issubclass(FusedAdam, torch.optim.Optimizer)
     assert issubclass(CyclicLR, torch.optim.lr_scheduler.LRScheduler)
 
@@ -35,7 +36,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", [*MODULES, "optim", "graphs", "convert"])
+@pytest.mark.parametrize("module", [*MODULES, "optim", "graphs", "convert", "range_test"])
 def test_docstring_examples(module: str) -> None:
     results = doctest.testmod(importlib.import_module(f"fused_clr.{module}"), extraglobs={"torch": torch})
     assert results.failed == 0

@@ -1,4 +1,4 @@
-"""The command line: ``fused-clr demo`` and ``fused-clr plot``."""
+"""The command line: ``fused-clr demo``, ``fused-clr plot`` and ``fused-clr range-test``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from fused_clr import schedules
+from fused_clr._curves import RULES
+from fused_clr.range_test import MODES
 from fused_clr.schedules import Cyclic, Schedule
 from fused_clr.schedules.cyclic import MAX_LOG_AMPLITUDE
 
@@ -117,6 +119,18 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--steps", type=count, help=f"steps to draw, at most {MOST_STEPS:,}; to its end when absent")
     plot.add_argument("--out", type=_picture, default=Path("out/schedule.png"), help="picture to write")
     plot.set_defaults(run=_run_plot, packages="matplotlib", error=plot.error, default_of=plot.get_default)
+
+    test = commands.add_parser("range-test", help="find bounds on the demo's digits", formatter_class=formatter)
+    test.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
+    test.add_argument("--seed", type=seed, default=0, help="first weights and order of the digits")
+    test.add_argument("--start-lr", type=float, default=1e-7, help="first learning rate")
+    test.add_argument("--end-lr", type=float, default=10.0, help="last learning rate")
+    test.add_argument("--num-steps", type=count, default=100, help="steps from the first to the last, at least 10")
+    test.add_argument("--mode", choices=tuple(MODES), default="exponential", help="how the learning rate rises")
+    test.add_argument("--rule", choices=RULES, default="smith", help="how bounds are read from the curve")
+    test.add_argument("--out", type=_picture, default=Path("out/range-test.png"), help="picture to write")
+    test.add_argument("--csv", type=Path, help="file of the curve; none is written when absent")
+    test.set_defaults(run=_run_range_test, packages=" ".join(OPTIONAL_MODULES.values()), error=test.error)
     return parser
 
 
@@ -124,6 +138,24 @@ def _run_demo(options: argparse.Namespace) -> None:
     from fused_clr import demo
 
     demo.run(options.out, options.device, options.schedule_epochs, options.epochs, options.seed)
+
+
+def _run_range_test(options: argparse.Namespace) -> None:
+    from fused_clr import demo
+
+    names = ("start_lr", "end_lr", "num_steps", "mode")
+    try:
+        result = demo.digits_range_test(
+            options.device, options.seed, **{name: getattr(options, name) for name in names}
+        )
+    except ValueError as error:
+        options.error(str(error))
+    result.plot(options.out, options.rule)
+    if options.csv is not None:
+        result.to_csv(options.csv)
+    base_lr, max_lr, _, reason = result.suggest(options.rule)
+    print(f"{len(result.lr)} steps, stopped_by={result.stopped_by!r}, drawn to {options.out}")
+    print(f"no bounds: {reason}" if max_lr is None else f"base_lr={base_lr:.2e}, max_lr={max_lr:.2e}; {reason}")
 
 
 def _run_plot(options: argparse.Namespace) -> None:

@@ -1,13 +1,17 @@
-"""The demo: torch's ``Adam`` and ``CyclicLR`` against ours, on the classic example and on a real training."""
+"""The demo: torch's ``Adam`` and ``CyclicLR`` against ours, on the classic example and on a real training.
+
+It ends with a range test on the same digits, and a training between the bounds that it suggests.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from fused_clr import CyclicLR, FusedAdam, plotting
+from fused_clr import CyclicLR, FusedAdam, RangeTest, plotting, range_test, suggest_step_size
 from fused_clr.schedules import Cyclic
 
 # Torch's fastest Adam (fused=True, see make_pair) and its CyclicLR; ours accept the same arguments.
@@ -62,6 +66,17 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
     their_update, our_update = time_updates([theirs, ours])
     loss_difference = np.abs(np.subtract(theirs.losses, ours.losses)).max()
 
+    measured = digits_range_test(device, seed)
+    measured.plot(out / "range-test.png")
+    base_lr, max_lr, _, reason = measured.suggest()
+    bounded = None if max_lr is None else train_between(measured, epochs, device, seed)
+    bounds = [(f"range test, {len(measured.lr)} steps: {reason}", "", "", "")]
+    if bounded is not None:
+        bounds += [
+            ("  bounds of the learning rate", "", f"{base_lr:.1e}", f"{max_lr:.1e}"),
+            ("  test accuracy between them", "", f"{bounded.accuracies[-1]:.2%}", ""),
+        ]
+
     print_table(
         ("", "torch", "fused-clr", ""),
         [
@@ -75,9 +90,10 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
             ("  training loss, largest difference", "", "", f"{loss_difference:.1e}"),
             ("  training steps per second", *ratio_cells(1 / theirs.step_seconds, 1 / ours.step_seconds)),
             ("  optimizer + scheduler, steps per second", *ratio_cells(1 / their_update, 1 / our_update)),
+            *bounds,
         ],
     )
-    print(f"pictures: {out / 'classic.png'}, {out / 'digits.png'}")
+    print(f"pictures: {', '.join(str(out / name) for name in ('classic.png', 'digits.png', 'range-test.png'))}")
 
 
 def classic_curve(steps: int) -> tuple[NDArray[np.float64], float]:
@@ -172,15 +188,9 @@ def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training
         The trainings with torch's pair and with ours.
     """
     generator = torch.Generator().manual_seed(seed)
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=generator, dtype=torch.int64, device="cpu")
-    images = torch.tensor(digits.data[order] / 16, dtype=torch.float32, device=device)
-    labels = torch.tensor(digits.target[order], dtype=torch.int64, device=device)
-    train_images, test_images = images[TEST_IMAGES:], images[:TEST_IMAGES]
-    train_labels, test_labels = labels[TEST_IMAGES:], labels[:TEST_IMAGES]
-
-    steps_per_epoch = -(-len(train_images) // BATCH_SIZE)
-    schedule = Cyclic(base_lr=2.5e-4, max_lr=2e-3, step_size_up=EPOCHS_UP * steps_per_epoch, mode="triangular2")
+    data = load_data(device, generator)
+    step_size = EPOCHS_UP * data.steps_per_epoch
+    schedule = Cyclic(base_lr=2.5e-4, max_lr=2e-3, step_size_up=step_size, mode="triangular2")
     first_model = make_model(seed)
     runs = []
     for name in PAIRS:
@@ -188,12 +198,89 @@ def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training
         runs.append(Training(name, model, *make_pair(name, model.parameters(), schedule)))
 
     for epoch in progress(range(epochs), "digits"):
-        shuffled = torch.randperm(len(train_images), generator=generator, dtype=torch.int64, device="cpu")
-        batches = shuffled.to(device).split(BATCH_SIZE)
+        batches = data.epoch(generator)
         for training in in_turn(runs, epoch):
-            training.train_epoch(train_images, train_labels, batches)
-            training.test(test_images, test_labels)
+            training.train_epoch(data.images, data.labels, batches)
+            training.test(data.test_images, data.test_labels)
     return runs[0], runs[1]
+
+
+class Digits(NamedTuple):
+    """Handwritten digits: images are float32[n, 64], labels int64[n]."""
+
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.images) // BATCH_SIZE)
+
+    def epoch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The batches of an epoch, as indices, in a new order."""
+        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        batches: tuple[Tensor, ...] = order.split(BATCH_SIZE)
+        return batches
+
+    def batches(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """The batches of epochs without end."""
+        while True:
+            yield from self.epoch(generator)
+
+
+def load_data(device: torch.device, generator: torch.Generator) -> Digits:
+    """The digits on ``device``, in an order that ``generator`` draws."""
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=generator)
+    images = torch.tensor(digits.data / 16, dtype=torch.float32)[order].to(device)
+    labels = torch.tensor(digits.target)[order].to(device)
+    return Digits(images[TEST_IMAGES:], labels[TEST_IMAGES:], images[:TEST_IMAGES], labels[:TEST_IMAGES])
+
+
+def digits_range_test(
+    device: torch.device,
+    seed: int,
+    make: Callable[[int], nn.Module] | None = None,
+    make_optimizer: Callable[..., Any] = FusedAdam,
+    **arguments: Any,
+) -> RangeTest:
+    """A range test on the digits.
+
+    Args:
+        device: Where.
+        seed: Seed of the weights and of the order of the digits.
+        make: Makes the model from a seed; `make_model` if None.
+        make_optimizer: A class of fused optimizers.
+        arguments: Other arguments of `range_test`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    data = load_data(device, generator)
+    model = (make or make_model)(seed).to(device)
+    optimizer = make_optimizer(model.parameters())
+
+    def step(batch: Tensor) -> Tensor:
+        loss = F.cross_entropy(model(data.images[batch]), data.labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return range_test(step, optimizer, data.batches(generator), restore=[model], **arguments)
+
+
+def train_between(measured: RangeTest, epochs: int, device: torch.device, seed: int) -> Training:
+    """Trains on the digits, with triangular2 cycles between the bounds that a range test suggests."""
+    generator = torch.Generator().manual_seed(seed)
+    data = load_data(device, generator)
+    model = make_model(seed).to(device)
+    schedule = measured.schedule(suggest_step_size(data.steps_per_epoch, EPOCHS_UP), mode="triangular2")
+    training = Training("range test", model, *make_pair("fused-clr", model.parameters(), schedule))
+    for _ in progress(range(epochs), "digits, between the bounds"):
+        training.train_epoch(data.images, data.labels, data.epoch(generator))
+        training.test(data.test_images, data.test_labels)
+    return training
 
 
 def time_updates(runs: list[Training]) -> list[float]:

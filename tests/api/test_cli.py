@@ -92,6 +92,11 @@ def test_plot_draws_what_was_asked(tmp_path):
         (["plot", "--steps", "10000000000"], "--steps"),
         (["plot", "--out", "curve.doc"], "--out"),
         (["plot", "--colour", "red"], "--colour"),
+        (["range-test", "--start-lr", "20"], "end_lr must be > start_lr=20.0, got 10.0"),
+        (["range-test", "--num-steps", "9"], "num_steps must be an integer in [10, 2**53), got 9"),
+        (["range-test", "--mode", "cosine"], "--mode"),
+        (["range-test", "--rule", "best"], "--rule"),
+        (["range-test", "--out", "curve.doc"], "--out"),
         (["demo", "--epochs", "-1"], "--epochs"),
         (["demo", "--schedule-epochs", "none"], "--schedule-epochs"),
         (["demo", "--seed", "x"], "--seed"),
@@ -118,6 +123,7 @@ def test_bad_argument_is_named(arguments, named, capsys, monkeypatch, tmp_path):
     [
         ("plot", "matplotlib", "matplotlib"),
         ("demo", "matplotlib", "matplotlib scikit-learn tqdm"),
+        ("range-test", "sklearn", "matplotlib scikit-learn tqdm"),
         ("demo", "sklearn", "matplotlib scikit-learn tqdm"),
         ("demo", "tqdm", "matplotlib scikit-learn tqdm"),
     ],
@@ -132,6 +138,20 @@ def test_missing_package_names_what_to_install(command, module, packages, capsys
     assert cli.main([command]) == 1
     # The package itself may be a checkout that no index has.
     assert capsys.readouterr().err == f"fused-clr: {module} is not installed; pip install {packages}\n"
+
+
+def test_range_test_prints_bounds_and_writes_the_curve(tmp_path, capsys):
+    out, curve = tmp_path / "new folder" / "curve.png", tmp_path / "curve.csv"
+    assert cli.main(["range-test", "--out", str(out), "--csv", str(curve), "--num-steps", "60"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith(f"drawn to {out}")
+    assert printed[1].startswith("base_lr=")
+    assert "max_lr=" in printed[1]
+    assert width_drawn(out, plotting.OURS) > 0.5
+    assert len(curve.read_text().splitlines()) == 1 + int(printed[0].partition(" ")[0])
+    # Too short a way to see anything.
+    assert cli.main(["range-test", "--out", str(out), "--end-lr", "1e-5", "--rule", "valley", "--mode", "linear"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("no bounds: the loss does not fall")
 
 
 def test_every_seed_that_the_parser_takes_is_one_for_torch(capsys):

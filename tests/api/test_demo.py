@@ -20,8 +20,12 @@ def test_demo_prints_a_table_and_draws(tmp_path, capsys, monkeypatch):
         "test accuracy",
         "training steps per second",
         "optimizer + scheduler",
+        "range test, ",
+        "bounds of the learning rate",
+        "test accuracy between them",
     ):
         assert row in table
+    assert width_drawn(tmp_path / "range-test.png", plotting.OURS) > 0.5
     assert width_drawn(tmp_path / "classic.png", plotting.OURS) > 0.5
     for colour in (plotting.OURS, plotting.TORCH_PALE):
         assert width_drawn(tmp_path / "digits.png", colour) > 0.5

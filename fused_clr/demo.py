@@ -220,7 +220,9 @@ class Digits(NamedTuple):
 
     def epoch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The batches of an epoch, as indices, in a new order."""
-        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        order = torch.randperm(len(self.images), generator=generator, dtype=torch.int64, device="cpu").to(
+            self.images.device
+        )
         batches: tuple[Tensor, ...] = order.split(BATCH_SIZE)
         return batches
 
@@ -233,9 +235,9 @@ class Digits(NamedTuple):
 def load_data(device: torch.device, generator: torch.Generator) -> Digits:
     """The digits on ``device``, in an order that ``generator`` draws."""
     digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=generator)
-    images = torch.tensor(digits.data / 16, dtype=torch.float32)[order].to(device)
-    labels = torch.tensor(digits.target)[order].to(device)
+    order = torch.randperm(len(digits.target), generator=generator, dtype=torch.int64, device="cpu")
+    images = torch.tensor(digits.data[order] / 16, dtype=torch.float32, device=device)
+    labels = torch.tensor(digits.target[order], dtype=torch.int64, device=device)
     return Digits(images[TEST_IMAGES:], labels[TEST_IMAGES:], images[:TEST_IMAGES], labels[:TEST_IMAGES])
 
 

@@ -94,20 +94,13 @@ def evaluate(
     group_id = tl.where(is_group, lane.to(tl.int64), group_id)
     group_row_ptr = group_table_ptr + group_id * GROUP_COLUMNS
 
+    in_group = is_group | is_tensor
+    overrun_ptr = control_ptr + OVERRUN
+    lr, momentum = schedule_at(step, group_row_ptr, in_group, settings_ptr, overrun_ptr, SCALE_FNS)
     weight_decay = tl.load(group_row_ptr + WEIGHT_DECAY)
-    lr = weight_decay
-    momentum = weight_decay
-    # First the weight decay, where any has a schedule, then the learning rate: a loop, so that the code is there once.
-    num_schedules = tl.where((tl.load(settings_ptr + IN_USE) & DECAY_SCHEDULES) != 0, 2, 1)
-    for index in range(num_schedules):
-        weight_decay = lr
-        lr, momentum = schedule_at(
-            step,
-            group_row_ptr + (num_schedules - 1 - index) * WEIGHT_DECAY,
-            is_group | is_tensor,
-            settings_ptr,
-            control_ptr + OVERRUN,
-            SCALE_FNS,
+    if (tl.load(settings_ptr + IN_USE) & DECAY_SCHEDULES) != 0:
+        weight_decay, _ = schedule_at(
+            step, group_row_ptr + WEIGHT_DECAY, in_group, settings_ptr, overrun_ptr, SCALE_FNS
         )
     live_lane_ptr = live_ptr + lane
     if ADVANCE:

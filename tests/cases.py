@@ -119,11 +119,11 @@ CYCLES = {
 FAMILIES = {
     case.name: case
     for case in (
-        family("one-cycle", "OneCycleLR", 19, 79, max_lr=[1e-2, 2e-2], total_steps=80, pct_start=0.11),
+        family("one-cycle", "OneCycleLR", 13, 79, max_lr=[1e-2, 2e-2], total_steps=80, pct_start=0.11),
         family(
             "one-cycle-three-phases",
             "OneCycleLR",
-            17,
+            15,
             79,
             max_lr=[1e-2, 2e-2],
             epochs=8,
@@ -143,7 +143,7 @@ FAMILIES = {
         family("constant", "ConstantLR", 11, factor=0.25, total_iters=7),
         sequential(
             "sequence",
-            19,
+            15,
             10**6,
             (4, 7, 12),
             ConstantLR={"factor": 0.25, "total_iters": 2},

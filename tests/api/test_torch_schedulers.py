@@ -253,8 +253,21 @@ def test_the_last_scheduler_drives_and_all_begin_at_the_initial_lr(backend: str)
     assert optimizer.param_groups[0]["lr"] == 0.5 * 0.9
     with pytest.raises(RuntimeError, match="this LinearLR no longer drives its optimizer: a later one"):
         first.step()
+    optimizer.set_schedule(schedules.ExponentialDecay(0.5, 0.8))
     both = SequentialLR(optimizer, [first, second], [3])
     assert (both.last_epoch, both.get_last_lr()) == (0, [0.25])
+    # Where a scheduler still drives, the group's schedule counts.
+    assert both.schedules[0].lr(4) == 0.5 * 0.8
+
+
+def test_a_new_scheduler_after_loading_begins_at_the_initial_lr(backend: str) -> None:
+    source, target = adam(lr=0.5), adam(lr=0.125)
+    scheduler = LinearLR(source, 0.5)
+    source.step()
+    scheduler.step()
+    target.load_state_dict(source.state_dict())
+    assert LinearLR(target, 0.25).base_lrs == [0.5]
+    assert target.param_groups[0]["lr"] == 0.125
 
 
 def test_an_lr_written_before_the_scheduler_counts_as_in_torch(on_cpu: None) -> None:

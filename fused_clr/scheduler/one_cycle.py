@@ -18,6 +18,7 @@ from .checks import check_optimizer, common, needed_key, pack_frame, per_group
 # What torch's OneCycleLR has once for all groups. It also has div_factor and final_div_factor, which become keys of the
 # groups.
 COMMON_FIELDS = ("total_steps", "pct_start", "anneal_strategy", "cycle_momentum", "three_phase")
+LEARNING_RATES = ("initial_lr", "max_lr", "min_lr")
 MOMENTA = ("base_momentum", "max_momentum")
 # Two roundings and more, between a group's initial_lr and max_lr / div_factor.
 ROUNDING = 1e-12
@@ -178,23 +179,20 @@ class OneCycleLR(FusedScheduler):
             "cycle_momentum": check_bool(f"{name}['cycle_momentum']", state["cycle_momentum"]),
             "three_phase": three_phase,
         }
+        names = [*LEARNING_RATES, *(MOMENTA if fields["cycle_momentum"] else ())]
         schedules = []
         for index, base_lr in enumerate(saved_lrs(name, state, len(groups))):
             own, group = present[index], groups[index]
-            found = []
-            if own is not None:
-                pct = own.pct_start
-                if _torch_phases(total_steps, pct, three_phase) == state["_schedule_phases"]:
-                    fields["pct_start"] = pct
-                found.append(dataclasses.replace(own, **fields))
+            if own is not None and _torch_phases(total_steps, own.pct_start, three_phase) == state["_schedule_phases"]:
+                # Without the rounding of torch's phases.
+                fields["pct_start"] = own.pct_start
+            candidates = [] if own is None else [dataclasses.replace(own, **fields)]
             # As written, not as a schedule drives them.
-            keys = {key: dict.get(group, key) for key in (*_keys(found[0] if found else None), *MOMENTA)}
-            if not fields["cycle_momentum"]:
-                keys = {key: value for key, value in keys.items() if key not in MOMENTA}
+            keys = {key: dict.get(group, key) for key in names}
             if None not in keys.values():
-                found.insert(0, _with_keys(found[0] if found else OneCycle(1.0, **fields), keys))
-            # Two in a sequence share the keys of the group.
-            agreeing = [own for own in found if math.isclose(own.initial_lr, base_lr, rel_tol=ROUNDING)]
+                candidates.insert(0, _with_keys((*candidates, OneCycle(1.0, **fields))[0], keys))
+            # Two in a sequence share the keys of the group: for one of them, the present schedule counts.
+            agreeing = [each for each in candidates if math.isclose(each.initial_lr, base_lr, rel_tol=ROUNDING)]
             if not agreeing:
                 raise ValueError(
                     f"{name}['base_lrs'][{index}] must be the initial_lr of param_groups[{index}], "
@@ -204,10 +202,8 @@ class OneCycleLR(FusedScheduler):
         return schedules
 
 
-def _keys(schedule: OneCycle | None) -> dict[str, Any]:
-    """The keys of a param group that torch's OneCycleLR reads."""
-    if schedule is None:
-        return dict.fromkeys(("initial_lr", "max_lr", "min_lr"))
+def _keys(schedule: OneCycle) -> dict[str, float]:
+    """What torch's OneCycleLR reads in a param group."""
     momenta = {name: getattr(schedule, name) for name in MOMENTA} if schedule.cycle_momentum else {}
     return schedule.group_keys | momenta
 
@@ -221,7 +217,7 @@ def _with_keys(schedule: OneCycle, keys: Mapping[str, Any]) -> OneCycle:
     if all(keys[key] == value for key, value in _keys(schedule).items()):
         return schedule
     numbers = {key: float(check_number(key, value, "a finite number >= 0", _is_lr)) for key, value in keys.items()}
-    initial_lr, max_lr, min_lr = (numbers.pop(key) for key in ("initial_lr", "max_lr", "min_lr"))
+    initial_lr, max_lr, min_lr = (numbers.pop(key) for key in LEARNING_RATES)
     factors: dict[str, Any] = {}
     if max_lr != 0:
         if not min_lr > 0 or not initial_lr > 0:

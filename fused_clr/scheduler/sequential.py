@@ -99,11 +99,8 @@ class SequentialLR(FusedScheduler):
     @classmethod
     def arguments_of(cls, schedules: Sequence[ScheduleSequence]) -> dict[str, Any]:
         """See `FusedScheduler.arguments_of`: without the schedulers, which `columns_of` tells."""
-        return {
-            "milestones": list(
-                common(cls.__name__, [{"milestones": own.milestones} for own in schedules])["milestones"]
-            )
-        }
+        fields = common(cls.__name__, [{"milestones": own.milestones} for own in schedules])
+        return {"milestones": list(fields["milestones"])}
 
     @classmethod
     def columns_of(cls, schedules: Sequence[ScheduleSequence]) -> list[tuple[type[FusedScheduler], list[Schedule]]]:

@@ -99,8 +99,8 @@ class Recorder:
 RULES = ("smith", "valley", "steepest")
 # Parts of the whole fall of the loss: it has started; a rise back by that much is no noise.
 STARTED, RAGGED = 0.05, 0.2
-# Standard deviations of the noise: of a fall; of a single loss that is no noise.
-LEAST_FALL, OUTLIER = 3.0, 4.0
+# Standard deviations of the noise. A fall: 100 steps of noise alone seem to fall in 1 of 300 tests. A single loss.
+LEAST_FALL, OUTLIER = 2.5, 4.0
 # Smith's rule of thumb: a third or a quarter of ``max_lr`` (sec. 3.3).
 RATIO = 4.0
 
@@ -122,10 +122,11 @@ def suggest(rule: str, lr: Curve, loss: Curve, smoothed: Curve) -> Suggestion:
     trend = centred_trend(loss)
     lowest = int(trend.argmin())
     head = max(count // 10, 3)
-    level = float(np.median(trend[:head]))
+    # Of half of the steps before the lowest point, which is a better estimate, unless the loss falls from the start.
+    level = float(max(np.median(loss[:head]), np.median(loss[: max(lowest // 2, head)])))
     fall = level - float(trend[lowest])
     # Of differences, which a trend hardly changes; 1.4826 times the median deviation of a normal one is its deviation.
-    noise = 1.4826 * float(np.median(np.abs(np.diff(loss[: max(lowest // 2, count // 4)])))) / math.sqrt(2)
+    noise = 1.4826 * float(np.median(np.abs(np.diff(loss[: max(lowest, count // 2)])))) / math.sqrt(2)
     if lowest < head or not fall > LEAST_FALL * noise:
         reason = f"the loss does not fall: by {fall:.3g} at most, with noise of {noise:.3g}; try another range"
         return Suggestion(None, None, rule, reason)

@@ -70,8 +70,10 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
     measured.plot(out / "range-test.png")
     base_lr, max_lr, _, reason = measured.suggest()
     bounded = None if max_lr is None else train_between(measured, epochs, device, seed)
-    bounds = [(f"range test, {len(measured.lr)} steps: {reason}", "", "", "")]
-    if bounded is not None:
+    bounds = [(f"range test, {len(measured.lr)} steps", "", "", "")]
+    if bounded is None:
+        bounds += [(f"  no bounds: {reason}", "", "", "")]
+    else:
         bounds += [
             ("  bounds of the learning rate", "", f"{base_lr:.1e}", f"{max_lr:.1e}"),
             ("  test accuracy between them", "", f"{bounded.accuracies[-1]:.2%}", ""),

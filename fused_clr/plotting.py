@@ -6,7 +6,6 @@ Drawn without pyplot, so that no window system and no global state is involved.
 from __future__ import annotations
 
 import io
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,8 +100,7 @@ def range_figure(
     axes.plot(lr, smoothed, color="gray", linestyle=":", linewidth=1.2, label="loss, average of the past")
     axes.set_xscale("log" if lr[:1].all() else "linear")
     # Diverging losses would hide the rest.
-    low, high = loss.min(initial=math.inf), smoothed[:1].max(initial=-math.inf)
-    if low < high:
+    if len(loss) and (low := loss.min()) < (high := np.quantile(loss[: len(loss) // 4 + 1], 0.9)):
         axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
     if suggestion.base_lr is not None and suggestion.max_lr is not None:
         axes.axvspan(suggestion.base_lr, suggestion.max_lr, color=MOMENTUM, alpha=0.15)

@@ -43,6 +43,15 @@ def test_the_page_on_compatibility_runs_and_names_tests_that_are_there() -> None
         assert (ROOT / path).exists(), path
 
 
+def test_the_page_on_bounds_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {"__name__": "bounds"}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "choosing-the-bounds.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert capsys.readouterr().out == "base_lr: where the loss starts to fall; max_lr: where it turns\n"
+    assert isinstance(names["optimizer"].param_groups[0]["schedule"], fused_clr.schedules.Cyclic)
+    assert names["optimizer"].status().applied_steps == len(names["batches"]) == 125
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())

@@ -64,10 +64,9 @@ class Case:
         """Bytes of the parameters alone."""
         return sum(count * dtype.itemsize for dtype, count in self.elements().items())
 
-    @property
-    def step_bytes(self) -> int:
-        """Bytes a step has to move: p, g, m and v read, p, m and v written; clipping reads g once more."""
-        return (8 if self.clips else 7) * self.parameter_bytes
+    def step_bytes(self, states: int = 2) -> int:
+        """Bytes a step has to move: p, g and the states read, p and the states written; clipping reads g once more."""
+        return (3 + 2 * states + self.clips) * self.parameter_bytes
 
     @property
     def needed_bytes(self) -> int:

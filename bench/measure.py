@@ -91,9 +91,10 @@ def make_rounds(run: Run, device: torch.device) -> tuple[Rounds, Rounds]:
     on_gpu = device.type == "cuda"
     if not on_gpu and (run.mode.startswith("captured") or run.peer.needs_cuda):
         raise NotAvailableError("needs CUDA")
+    torchs = run.peer.reference or REFERENCE
     if isinstance(run.case, str):
         # A captured loop is compared with the eager loop of torch's pair.
-        reference = make_loop(run.case, REFERENCE, device, captured=False)
+        reference = make_loop(run.case, torchs, device, captured=False)
         captured = run.mode == "captured-loop"
         peer = make_loop(run.case, run.peer, device, captured)
         return Rounds(run, reference, device, captured=False), Rounds(run, peer, device, captured)
@@ -105,7 +106,7 @@ def make_rounds(run: Run, device: torch.device) -> tuple[Rounds, Rounds]:
         raise NotAvailableError(f"needs {needed:.1f} GiB, and the budget is {budget / 2**30:.1f} GiB")
     captured = run.mode == "captured"
     params = run.case.make_parameters(device)
-    reference, peer = (make_stepper(run.case, p, params, device, captured) for p in (REFERENCE, run.peer))
+    reference, peer = (make_stepper(run.case, p, params, device, captured) for p in (torchs, run.peer))
     return Rounds(run, reference, device, captured), Rounds(run, peer, device, captured)
 
 
@@ -183,7 +184,7 @@ def figures_of(run: Run, reference: Sequence[float], peer: Sequence[float], copy
     for name, values in (("ratio", np.divide(peer, reference)), *times.items()):
         figures |= {f"{name}_p{q}": round(float(np.percentile(values, q)), 4) for q in QUANTILES}
     if isinstance(run.case, Case) and run.mode == "captured" and copy is not None:
-        bytes_per_s = run.case.step_bytes / float(np.median(peer))
+        bytes_per_s = run.case.step_bytes(run.peer.states) / float(np.median(peer))
         shares = {"copy_gb_per_s": round(copy / 1e9, 2), "copy_share": round(bytes_per_s / copy, 4)}
         figures |= {"gb_per_s": round(bytes_per_s / 1e9, 2), **shares}
     return figures

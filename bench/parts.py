@@ -14,7 +14,7 @@ from bench.peers import HOST_PEERS, OURS, PEERS, TORCH_CAPTURABLE, Peer
 # Regular expressions of cases and peers.
 SMALL = r"^(4x4|rl-policy|148x16|nnue|dlrm-mlps|1000x16|10000x16|4x4M) fp32$|^148x16 fp32 64-groups$"
 REAL = r"^(resnet50|vit-b16|gpt2-124m|bert-large|llama-1b|1x1G) "
-CORE = r"^(torch foreach|fused-clr)$"
+CORE = r"^(torch foreach|fused-clr|SGD fused-clr)$"
 COMPILED = r"^(torch\.compile|heavyball|fused-clr)$"
 NOT_COMPILED = r"^(?!torch\.compile|heavyball)"
 

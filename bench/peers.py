@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -75,6 +76,8 @@ class Peer:
         requires: A module without which it is missing.
         needs_cuda: Whether it runs on a GPU alone.
         compiles: Whether it compiles code for each tensor, which takes minutes for hundreds.
+        reference: Torch's pair that it is compared with; None: REFERENCE.
+        states: Its state tensors.
     """
 
     name: str
@@ -84,6 +87,8 @@ class Peer:
     requires: str = "torch"
     needs_cuda: bool = False
     compiles: bool = False
+    reference: Peer | None = None
+    states: int = 2
 
     @property
     def is_missing(self) -> bool:
@@ -137,9 +142,13 @@ def _torch_compiled(request: Request) -> Stepper:
     return Stepper(_with_clipping(request, torch.compile(optimizer.step)), scheduler.step)
 
 
-def _fused_clr(request: Request) -> Stepper:
+def _torch_sgd(request: Request) -> Stepper:
+    return _pair(request, torch.optim.SGD(request.groups, lr=1e-3, momentum=0.9, fused=True))
+
+
+def _fused_clr(request: Request, kind: Any = fused_clr.FusedAdam) -> Stepper:
     clipping: dict[str, Any] = {"max_grad_norm": MAX_GRAD_NORM} if request.clips else {}
-    optimizer = fused_clr.FusedAdam(request.groups, lr=1e-3, **clipping)
+    optimizer = kind(request.groups, lr=1e-3, **clipping)
     scheduler = fused_clr.CyclicLR(optimizer, **CYCLE)
     # In a graph, the schedule needs nothing from the host.
     return Stepper(optimizer.step, None if request.captured else scheduler.step, keeps=scheduler)
@@ -194,8 +203,11 @@ COMPILED_CAPTURED = "CyclicLR writes lr from the host between replays"
 BITSANDBYTES = "32-bit moments; one launch per tensor"
 HEAVYBALL = "eps is a lower bound of the root, not added to it; stochastic rounding for bf16; compiled"
 TRANSFORMER_ENGINE = _fused_adam_of("transformer_engine.pytorch.optimizers")
+TORCH_SGD = Peer("torch SGD fused", _torch_sgd, "", "lr and momentum are frozen in the graph", states=1)
+SGD = "momentum cycles; compared with torch's SGD(fused=True) and CyclicLR"
 PEERS = (
     OURS,
+    Peer("SGD fused-clr", partial(_fused_clr, kind=fused_clr.FusedSGD), SGD, reference=TORCH_SGD, states=1),
     Peer("torch foreach", _torch_pair(foreach=True), "", FROZEN),
     TORCH_CAPTURABLE,
     Peer("torch fused tensor-lr", _torch_pair(fused=True, lr_is_tensor=True), "", FROZEN_BETA1),

@@ -3,7 +3,7 @@
 from . import schedules, testing
 from .convert import fuse, unfuse
 from .graphs import CapturedStep, GraphedStep
-from .optim import FusedAdam, FusedAdamW
+from .optim import FusedAdam, FusedAdamW, FusedSGD
 from .range_test import RangeTest, Suggestion, range_test, suggest_step_size
 from .scheduler import (
     ConstantLR,
@@ -27,6 +27,7 @@ __all__ = [
     "ExponentialLR",
     "FusedAdam",
     "FusedAdamW",
+    "FusedSGD",
     "GraphedStep",
     "History",
     "LinearLR",

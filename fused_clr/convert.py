@@ -13,8 +13,10 @@ from torch.optim import lr_scheduler
 from typing_extensions import Unpack
 
 from ._checks import check_bool
+from ._device.rules import UpdateRule
 from ._host.hyperparameters import OWN_KEYS, check_options, check_schedule_step
-from .optim import FusedAdam, FusedAdamW, StepOptions
+from ._host.optimizer import FusedOptimizer
+from .optim import FusedAdam, FusedAdamW, FusedSGD, StepOptions
 from .scheduler import CyclicLR, FusedScheduler
 from .scheduler.checks import is_close, turns_in_torch
 from .scheduler.torchs import class_name, kind_of_ours, kind_of_torchs, make_torchs, read_schedules, torchs_keys
@@ -22,6 +24,12 @@ from .schedules import Schedule
 from .schedules.base import function_name
 
 FUSED_KEYS = ("schedule", *OWN_KEYS)
+# The first one that fits decides.
+OPTIMIZERS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
+    torch.optim.AdamW: FusedAdamW,
+    torch.optim.Adam: FusedAdam,
+    torch.optim.SGD: FusedSGD,
+}
 HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -38,21 +46,21 @@ def fuse(
     *,
     total_steps: int | None = None,
     **options: Unpack[StepOptions],
-) -> tuple[FusedAdam, FusedScheduler]:
+) -> tuple[FusedOptimizer, FusedScheduler]:
     """Converts a torch optimizer and its scheduler to a fused pair that continues from them.
 
     Param groups, state, hooks and the schedule are converted. The parameters are the same objects and the moments the
     same tensors: nothing is copied, so stop using torch's pair.
 
     Args:
-        optimizer: A `torch.optim.Adam` or `torch.optim.AdamW`. Not changed.
+        optimizer: A `torch.optim.Adam`, `torch.optim.AdamW` or `torch.optim.SGD`. Not changed.
         scheduler: Its scheduler, of a class of torch that fused_clr has too, or a SequentialLR of such. Not changed.
         total_steps: See `fused_clr.schedules.Cyclic`; for a CyclicLR only.
         options: See `fused_clr.optim.StepOptions`. In torch's loop, ``scheduler.step()`` advances the schedule after a
             skipped step too: ``advance_schedule_on_skip=True`` keeps that.
 
     Returns:
-        A `FusedAdam`, or `FusedAdamW` for an AdamW, and its scheduler.
+        A `FusedAdam`, `FusedAdamW` or `FusedSGD`, and its scheduler.
 
     Raises:
         TypeError: ``optimizer`` or ``scheduler`` is of another class.
@@ -69,8 +77,8 @@ def fuse(
         (1, [0.2], 1.0)
     """
     check_options("fuse()", options)
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        raise TypeError(f"optimizer must be a torch.optim.Adam or AdamW, got {class_name(optimizer)}")
+    if type(optimizer) not in OPTIMIZERS:
+        raise TypeError(f"optimizer must be a torch.optim.Adam, AdamW or SGD, got {class_name(optimizer)}")
     kind = kind_of_torchs("scheduler", scheduler)
     if total_steps is not None and kind is not CyclicLR:
         raise ValueError(f"total_steps must be None where the scheduler is no CyclicLR, got {total_steps}")
@@ -82,11 +90,11 @@ def fuse(
 
     step = check_schedule_step("scheduler.last_epoch", scheduler.last_epoch)
     schedules = read_schedules("scheduler", scheduler, optimizer.param_groups, total_steps)
-    _check_in_place(optimizer, schedules, step)
+    fused_class: Any = OPTIMIZERS[type(optimizer)]
+    rule: UpdateRule = fused_class.RULE
+    _check_in_place(optimizer, schedules, step, rule)
     defaults = dict(optimizer.defaults)
-    fused_class: type[FusedAdam] = FusedAdam
-    if isinstance(optimizer, torch.optim.AdamW):
-        fused_class = FusedAdamW
+    if fused_class is FusedAdamW:
         defaults.pop("decoupled_weight_decay")
     # A checkpoint of a fused optimizer leaves its own keys in torch's groups, as they were.
     groups = [_without_own_keys(group) for group in optimizer.param_groups]
@@ -96,8 +104,9 @@ def fuse(
             group["lr"] = schedule.lr(step)
         if schedule.drives_momentum:
             # The scheduler wrote the present value.
-            group["betas"] = schedule.momentum_bounds[1], group["betas"][1]
-    fused = fused_class(groups, **defaults, **options)
+            key = rule.momentum_key
+            group[key] = rule.with_momentum(group[key], schedule.momentum_bounds[1])
+    fused: FusedOptimizer = fused_class(groups, **defaults, **options)
     for param, entry in optimizer.state.items():
         fused.state[param] = dict(entry)
     _carry_hooks(optimizer, fused)
@@ -110,8 +119,8 @@ def fuse(
 
 
 def unfuse(
-    optimizer: FusedAdam, scheduler: FusedScheduler | None = None, *, drop_clipping: bool = False
-) -> tuple[torch.optim.Adam, lr_scheduler.LRScheduler]:
+    optimizer: FusedOptimizer, scheduler: FusedScheduler | None = None, *, drop_clipping: bool = False
+) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
     """Converts a fused pair to a torch optimizer and scheduler that continue from it: the reverse of `fuse`.
 
     Waits for the device.
@@ -121,12 +130,12 @@ def unfuse(
     advances after a step that `torch.amp.GradScaler` skips.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`. Not changed.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`. Not changed.
         scheduler: Its scheduler; None if the schedules were given to the optimizer or its groups.
         drop_clipping: Leave out ``max_grad_norm``: torch's step does not clip.
 
     Returns:
-        A `torch.optim.Adam`, or AdamW for a `FusedAdamW`, and torch's scheduler of the same schedules.
+        A `torch.optim.Adam`, AdamW or SGD, and torch's scheduler of the same schedules.
 
     Raises:
         TypeError: ``optimizer`` or ``scheduler`` is of another class.
@@ -140,8 +149,9 @@ def unfuse(
         >>> type(optimizer).__name__, scheduler.last_epoch, optimizer.param_groups[0]["lr"]
         ('Adam', 1, 0.2)
     """
-    if not isinstance(optimizer, FusedAdam):
-        raise TypeError(f"optimizer must be a FusedAdam or FusedAdamW, got {class_name(optimizer)}")
+    torch_class: Any = next((own for own, fused in OPTIMIZERS.items() if isinstance(optimizer, fused)), None)
+    if torch_class is None:
+        raise TypeError(f"optimizer must be a FusedAdam, FusedAdamW or FusedSGD, got {class_name(optimizer)}")
     if scheduler is not None and not isinstance(scheduler, FusedScheduler):
         raise TypeError(f"scheduler must be a scheduler of fused_clr or None, got {class_name(scheduler)}")
     if scheduler is not None and scheduler.optimizer is not optimizer:
@@ -175,16 +185,18 @@ def unfuse(
             values["lr"] = stored_lr
         groups.append(values | {"params": list(values["params"])})
     defaults = {key: value for key, value in optimizer.defaults.items() if key not in FUSED_KEYS}
-    torch_class: type[torch.optim.Adam] = torch.optim.Adam
-    if isinstance(optimizer, FusedAdamW):
-        torch_class = torch.optim.AdamW
+    if torch_class is torch.optim.AdamW:
         defaults.pop("decoupled_weight_decay")
-    plain = torch_class([dict(group) for group in groups], **defaults)
+    plain: torch.optim.Optimizer = torch_class([dict(group) for group in groups], **defaults)
+    updates = optimizer._ready().update_steps()
     for group in optimizer.param_groups:
         steps_on_device = bool(group.stored("fused") or group.stored("capturable"))
         for param in group.stored("params"):
             entry = optimizer.state.get(param)
-            if entry:
+            if entry and not optimizer.rule.has_step:
+                if updates[param]:
+                    plain.state[param] = dict(entry)
+            elif entry:
                 count = entry["step"].detach().clone()
                 plain.state[param] = {**entry, "step": count if steps_on_device else count.cpu()}
     _carry_hooks(optimizer, plain)
@@ -209,7 +221,9 @@ def _carry_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -
         setattr(target, name, getattr(source, name))
 
 
-def _check_in_place(optimizer: torch.optim.Optimizer, schedules: Sequence[Schedule], step: int) -> None:
+def _check_in_place(
+    optimizer: torch.optim.Optimizer, schedules: Sequence[Schedule], step: int, rule: UpdateRule
+) -> None:
     """Checks that the groups hold the values of their schedules. Values that something else wrote would be lost."""
     for index, (group, schedule) in enumerate(zip(optimizer.param_groups, schedules, strict=True)):
         if turns_in_torch(schedule, step):
@@ -220,7 +234,7 @@ def _check_in_place(optimizer: torch.optim.Optimizer, schedules: Sequence[Schedu
         lr, momentum = schedule.lr_and_momentum(step)
         found = {"lr": (group["lr"], lr, schedule.largest_lr)}
         if not math.isnan(momentum):
-            found["betas"] = group["betas"][0], momentum, 1.0
+            found[rule.momentum_key] = rule.momentum_in(group[rule.momentum_key]), momentum, 1.0
         for key, (present, scheduled, scale) in found.items():
             if not is_close(present, scheduled, scale, step):
                 raise ValueError(

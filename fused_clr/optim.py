@@ -1,4 +1,4 @@
-"""Adam and AdamW with the learning rate schedule inside the step."""
+"""Adam, AdamW and SGD with the learning rate schedule inside the step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ._device.rules.adam import ADAM
+from ._device.rules.sgd import SGD
 from ._host.optimizer import FusedOptimizer
 from .schedules import Schedule
 
@@ -179,3 +180,69 @@ class FusedAdamW(FusedAdam):
             "weight_decay_schedule": weight_decay_schedule,
         }
         FusedOptimizer.__init__(self, params, defaults, schedule, options)
+
+
+class FusedSGD(FusedOptimizer):
+    r"""SGD with momentum and the learning rate schedule inside the step, with the arguments of `torch.optim.SGD`.
+
+    Moves 20 bytes per float32 element; 12 in a group without momentum, which has no ``momentum_buffer``. As in torch,
+    ``state[p]`` has no ``step``, and a parameter's first buffer is its gradient, without dampening.
+
+    Args:
+        params: See `FusedAdam`; so are the arguments not listed here.
+        momentum: Momentum factor, >= 0. A schedule that cycles momentum sets it.
+        dampening: Dampening of the gradient in the momentum buffer. Must be 0 where a schedule sets the momentum to 0.
+        weight_decay: L2 penalty, >= 0.
+        nesterov: Nesterov's momentum. Needs momentum and no dampening.
+
+    Raises:
+        ValueError: See `FusedAdam`.
+        TypeError: See `FusedAdam`.
+
+    Example:
+        >>> from fused_clr.schedules import Cyclic
+        >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+        >>> optimizer = FusedSGD([weight], schedule=Cyclic(0.1, 0.5, step_size_up=4))
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.param_groups[0]["lr"], round(optimizer.param_groups[0]["momentum"], 3)
+        (0.2, 0.875)
+    """
+
+    RULE = SGD
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        schedule: Schedule | None = None,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, schedule, options)
+        values = self.defaults
+        has_momentum = float(values["momentum"]) > 0 or (schedule is not None and schedule.drives_momentum)
+        if nesterov and (not has_momentum or float(values["dampening"]) != 0):
+            raise ValueError(
+                f"nesterov must be False without momentum or with dampening, got momentum={momentum}, "
+                f"dampening={dampening}"
+            )

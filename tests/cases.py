@@ -12,7 +12,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import fused_clr
-from fused_clr import CyclicLR, FusedAdam, FusedAdamW
+from fused_clr import CyclicLR, FusedAdam, FusedAdamW, FusedSGD
 
 
 class OptimizerCase(NamedTuple):
@@ -22,7 +22,8 @@ class OptimizerCase(NamedTuple):
         name: As in torch's database of optimizer tests.
         ours: The class.
         torch_peer: torch's class of the same arguments.
-        flags: Two boolean arguments that change what a step computes; each is tried on and off, with all other factors.
+        flags: Arguments that switch on one of two things that a step computes; each is tried on and off, with all other
+            factors.
         settings: A value other than the default for each hyperparameter.
         float16: Arguments that float16 needs, in torch too.
     """
@@ -30,9 +31,13 @@ class OptimizerCase(NamedTuple):
     name: str
     ours: type[Any]
     torch_peer: type[Any]
-    flags: tuple[str, str]
+    flags: tuple[dict[str, Any], dict[str, Any]]
     settings: dict[str, Any]
     float16: dict[str, Any]
+
+    def options(self, *is_on: bool) -> dict[str, Any]:
+        """The arguments of the flags that are on."""
+        return {key: value for flag, on in zip(self.flags, is_on, strict=False) if on for key, value in flag.items()}
 
 
 class ScheduleCase(NamedTuple):
@@ -98,12 +103,15 @@ def in_turn(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
 # Small second moments underflow in float16, and the default eps with them: a division by 0, in torch too.
 ADAM_FLOAT16 = {"eps": 1e-3}
 ADAM_SETTINGS = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.03}
-ADAM_FLAGS = ("amsgrad", "maximize")
+ADAM_FLAGS = ({"amsgrad": True}, {"maximize": True})
 ADAM = OptimizerCase("Adam", FusedAdam, torch.optim.Adam, ADAM_FLAGS, ADAM_SETTINGS, ADAM_FLOAT16)
 ADAMW = OptimizerCase("AdamW", FusedAdamW, torch.optim.AdamW, ADAM_FLAGS, ADAM_SETTINGS, ADAM_FLOAT16)
+SGD_SETTINGS = {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.03}
+SGD_FLAGS = ({"nesterov": True, "momentum": 0.9}, {"maximize": True})
+SGD = OptimizerCase("SGD", FusedSGD, torch.optim.SGD, SGD_FLAGS, SGD_SETTINGS, {})
 TRIANGULAR2 = cyclic("triangular2", 23, 7, 4, mode="triangular2")
 
-OPTIMIZERS = {case.name: case for case in (ADAM, ADAMW)}
+OPTIMIZERS = {case.name: case for case in (ADAM, ADAMW, SGD)}
 CYCLES = {
     case.name: case
     for case in (

@@ -152,6 +152,7 @@ class CpuEngine(Engine):
         active = [index for index, grad in enumerate(grads) if grad is not None]
         for index in active:
             self.moments.check(index)
+        self.state.restart_steps(self.moments.uncounted(active))
         if self.moments.create_all(active):
             # Other plans hold the state tensors that were replaced.
             self._plans.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +73,12 @@ class EngineState(ABC):
     @abstractmethod
     def set_update_steps(self, steps: Sequence[int]) -> None:
         """Sets the number of updates of each parameter, in place."""
+
+    def restart_steps(self, indices: Collection[int]) -> None:
+        """Sets the number of updates of some parameters to 0."""
+        steps = self.get_update_steps() if indices else []
+        if any(steps[index] for index in indices):
+            self.set_update_steps([0 if index in indices else step for index, step in enumerate(steps)])
 
     @abstractmethod
     def set_counts(self, applied_steps: int, skipped_steps: int) -> None:

@@ -133,8 +133,10 @@ class Engines:
             self._update_steps.update(self.update_steps())
 
         def update_step(param: Tensor) -> int:
-            entry = state.get(param)
-            written = int(entry.get("step", 0)) if entry else 0
+            written = self._rule.saved_step(state.get(param))
+            if not self._rule.has_step:
+                # A buffer may have been created and not been updated yet.
+                return self._update_steps.get(param, written) if written else 0
             # A user may have written it. Float32 cannot represent all steps beyond 2**24, so it is not the count.
             counted = self._update_steps.get(param, written)
             return counted if np.float32(counted) == written else written

@@ -47,7 +47,7 @@ class Moments:
         self._steps = list(step_mirror.unbind())
         self._step_users = 0
         for view, record in zip(self._steps, parameters.records, strict=True):
-            if state.get(record.param):
+            if rule.has_step and state.get(record.param):
                 dict.__setitem__(state[record.param], "step", view)
 
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
@@ -60,8 +60,8 @@ class Moments:
 
     def of(self, index: int) -> list[Tensor]:
         """A parameter's state tensors, in the order of the rule; of a sharded one, the shards in this process."""
-        entry = self._state[self._parameters.records[index].param]
-        return [local_tensor(entry[key]) for key in self.keys(index)]
+        entry, keys = self._state.get(self._record(index).param), self.keys(index)
+        return [local_tensor(entry[key]) for key in keys] if entry else []
 
     def named(self, index: int) -> list[tuple[str, Tensor]]:
         """A parameter's state tensors, each with its name in messages.
@@ -78,11 +78,16 @@ class Moments:
 
     def entry(self, index: int) -> dict[str, Any]:
         """A copy of a parameter's dict, to keep its tensors alive."""
-        return dict(self._state[self._parameters.records[index].param])
+        return dict(self._state.get(self._record(index).param) or {})
 
     def missing(self, indices: Iterable[int]) -> list[int]:
         """The parameters that lack a state tensor."""
-        return [i for i in indices if not set(self.keys(i)) <= set(self._state.get(self._record(i).param) or {})]
+        entries = ((i, self._state.get(self._record(i).param) or {}) for i in indices)
+        return [i for i, entry in entries if any(entry.get(key) is None for key in self.keys(i))]
+
+    def uncounted(self, indices: Iterable[int]) -> list[int]:
+        """The parameters of them whose updates count from now on: they get their first state tensor."""
+        return [] if self._rule.has_step else self.missing(indices)
 
     def check(self, index: int) -> None:
         """Checks state tensors that a user may have put in place.
@@ -118,9 +123,11 @@ class Moments:
         """
         replaced = False
         param = self._record(index).param
+        if not (self._rule.has_step or self.keys(index)):
+            return False
         entry, local = self._state[param], self._parameters.tensors[index]
         # `dict.__setitem__` does not report the write: it is the engine's own.
-        if "step" not in entry:
+        if self._rule.has_step and "step" not in entry:
             dict.__setitem__(entry, "step", self._steps[index])
         for key in self.keys(index):
             value = entry.get(key)
@@ -183,6 +190,9 @@ class Moments:
             if self._steps[index].data_ptr() != address:
                 self._steps[index] = self._step_mirror[index]
             entry = self._state.get(record.param)
+            if not self._rule.has_step:
+                steps[index] = self.steps_told(index, counted[index])
+                continue
             step = entry.get("step") if entry else None
             if entry is None or step is None:
                 steps[index] = 0
@@ -190,6 +200,18 @@ class Moments:
                 steps[index] = int(step)
                 dict.__setitem__(entry, "step", self._steps[index])
         return steps
+
+    def steps_told(self, index: int, counted: int) -> int:
+        """Number of updates where the state has no ``step``: the counted one, unless the state says otherwise.
+
+        A buffer of zeros that no update has written is still the engine's own, which a skipped step leaves.
+        """
+        entry = self._state.get(self._record(index).param)
+        told = self._rule.saved_step(entry)
+        if not told or counted:
+            return counted * told
+        assert entry is not None
+        return int(local_tensor(entry[self._rule.states[0]]).any())
 
     def _record(self, index: int) -> TensorRecord:
         return self._parameters.records[index]

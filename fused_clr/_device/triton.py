@@ -140,6 +140,7 @@ class TritonEngine(Engine):
         if missing:
             self.state.refuse_capture(f"the state of {self.parameters.names(missing)} would be created")
         self.state.refuse_capture("the set of gradients or their layouts is a new one")
+        self.state.restart_steps(self.moments.uncounted(missing))
         if self.moments.create_all(active):
             # Other plans hold the state tensors that were replaced.
             self._plans.clear()

@@ -54,7 +54,7 @@ def pack(
     clock = {
         "step": readings.schedule_step,
         "is_ahead": is_ahead,
-        "updates": max(readings.update_steps.values(), default=0),
+        "updates": max(readings.update_steps.values(), default=0) if rule.has_step else 0,
     }
     ids: dict[int, int] = {}
     on_device = set()
@@ -81,6 +81,10 @@ def pack(
     for key, entry in state.items():
         if id(key) not in ids:
             packed_state[key] = entry
+        elif entry and not rule.has_step:
+            # A state without an update is one that torch's optimizer would not have yet.
+            if not (key in readings.update_steps and readings.update_steps[key] == 0):
+                packed_state[ids[id(key)]] = dict(entry)
         elif entry and "step" not in entry:
             packed_state[ids[id(key)]] = dict(entry)
         elif entry:
@@ -176,15 +180,17 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
             "optimizer has one schedule step"
         )
     step, is_ahead = clocks[0].step, clocks[0].is_ahead
-    updates = max((int(entry["step"]) for entry in by_param.values()), default=0)
-    if clocks[0].updates != updates:
+    pairs = list(zip(saved_groups, schedules, strict=True))
+    if rule.has_step:
+        updates = max((rule.saved_step(entry) for entry in by_param.values()), default=0)
+        is_older, latest = clocks[0].updates != updates, step + updates - clocks[0].updates
+        candidates = [number for number in (latest, latest - 1) if number >= 0]
+    else:
+        # Updates are not saved. Values of another step give it away.
+        is_older, candidates = not all(_agrees(*pair, max(step - is_ahead, 0), rule, True) for pair in pairs), []
+    if is_older:
         # Another optimizer trained on, and carried our schedules along as they were. Its scheduler may be one behind.
-        latest = step + updates - clocks[0].updates
-        agreeing = [
-            step
-            for step in (latest, latest - 1)
-            if step >= 0 and all(_agrees(*pair, step, rule) for pair in zip(saved_groups, schedules, strict=True))
-        ]
+        agreeing = [number for number in candidates if all(_agrees(*pair, number, rule) for pair in pairs)]
         message = "state_dict holds schedules from before another optimizer trained on: "
         if not agreeing:
             message += (
@@ -213,18 +219,24 @@ class Clock(NamedTuple):
     updates: int
 
 
-def _agrees(group: Mapping[str, Any], schedule: Schedule | None, step: int, rule: UpdateRule) -> bool:
-    """Whether a saved group has the learning rate and momentum of ``schedule`` at ``step``."""
+def _agrees(
+    group: Mapping[str, Any], schedule: Schedule | None, step: int, rule: UpdateRule, if_unknown: bool = False
+) -> bool:
+    """Whether a saved group has the learning rate and momentum of ``schedule`` at ``step``.
+
+    ``if_unknown`` is the answer where they have no values on the host.
+    """
     if schedule is None:
         return True
     try:
         lr, momentum = schedule.lr_and_momentum(step)
     except Exception:
         # A `@triton.jit` scale_fn that calls Triton's functions has no values on the host.
-        return False
+        return if_unknown
     # torch's formula drifts, and a tensor lr is float32.
-    same = math.isclose(float(group["lr"]), lr, rel_tol=1e-6, abs_tol=1e-12)
-    return same and (math.isnan(momentum) or math.isclose(rule.momentum_of(group), momentum, rel_tol=1e-6))
+    tolerance = {"rel_tol": 1e-6, "abs_tol": 1e-12}
+    same = math.isclose(float(group["lr"]), lr, **tolerance)
+    return same and (math.isnan(momentum) or math.isclose(rule.momentum_of(group), momentum, **tolerance))
 
 
 def _check_schedule(name: str, saved: Any, present: Schedule | None) -> tuple[Schedule, Clock]:
@@ -233,7 +245,7 @@ def _check_schedule(name: str, saved: Any, present: Schedule | None) -> tuple[Sc
         raise ValueError(f"{name} is not a saved schedule, with {Clock._fields}, got {saved!r}")
     clock = Clock(
         check_schedule_step(f"{name}['step']", saved["step"]),
-        check_number(f"{name}['momentum']", saved["momentum"], "a number in [0, 1)", lambda x: 0 <= x < 1),
+        check_number(f"{name}['momentum']", saved["momentum"], "a finite number >= 0", lambda x: 0 <= x < math.inf),
         check_bool(f"{name}['is_ahead']", saved["is_ahead"]),
         check_integer(f"{name}['updates']", saved["updates"], "an integer >= 0", lambda n: n >= 0),
     )
@@ -252,14 +264,11 @@ def _check_entry(name: str, entry: Any, param: Tensor, rule: UpdateRule) -> None
     if not has_memory(param):
         raise ValueError(f"{name} is the state of a parameter without memory, on {param.device}: load it later")
     required = rule.states[: rule.required_states]
-    if not isinstance(entry, Mapping) or not {"step", *required} <= set(entry):
-        raise ValueError(f"{name} must be a dict with 'step', {', '.join(map(repr, required))}")
-    allowed = "an integer in [0, 2**53], or a float or tensor of one"
-    if isinstance(entry["step"], Tensor) and entry["step"].is_meta:
-        raise ValueError(f"{name}['step'] must be {allowed}, got {entry['step']!r}")
-    check_number_or_tensor(
-        f"{name}['step']", entry["step"], allowed, lambda x: 0 <= x <= MAX_SCHEDULE_STEP and x.is_integer()
-    )
+    needed = (["step"] if rule.has_step else []) + list(required)
+    if not isinstance(entry, Mapping) or not set(needed) <= set(entry):
+        raise ValueError(f"{name} must be a dict{' with ' if needed else ''}{', '.join(map(repr, needed))}")
+    if rule.has_step:
+        _check_step(f"{name}['step']", entry["step"])
     for key in rule.states:
         value = entry.get(key)
         if value is None and key not in required:
@@ -273,3 +282,10 @@ def _check_entry(name: str, entry: Any, param: Tensor, rule: UpdateRule) -> None
             raise ValueError(f"{name}[{key!r}] must be a dense tensor with data, got {value.layout} on {value.device}")
         if is_dtensor(value) and not is_dtensor(param):
             raise ValueError(f"{name}[{key!r}] is a DTensor and the parameter is not: give its full_tensor()")
+
+
+def _check_step(name: str, step: Any) -> None:
+    allowed = "an integer in [0, 2**53], or a float or tensor of one"
+    if isinstance(step, Tensor) and step.is_meta:
+        raise ValueError(f"{name} must be {allowed}, got {step!r}")
+    check_number_or_tensor(name, step, allowed, lambda x: 0 <= x <= MAX_SCHEDULE_STEP and x.is_integer())

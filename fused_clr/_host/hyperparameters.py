@@ -17,7 +17,7 @@ MAX_HISTORY_SIZE = 10_000_000
 # The schedule step is an int64; its history and the host's closed form are exact up to 2**53.
 MAX_SCHEDULE_STEP = 2**53
 
-FLAGS = ("amsgrad", "maximize", "capturable", "decoupled_weight_decay")
+FLAGS = ("amsgrad", "maximize", "nesterov", "capturable", "decoupled_weight_decay")
 # Keys of a param group that torch's optimizers do not have. ``schedule`` is one more, with rules of its own.
 OWN_KEYS = ("weight_decay_mode", "max_lr", "weight_decay_schedule")
 WEIGHT_DECAY_MODES = ("lr", "lr_ratio", "constant", "corrected")
@@ -91,8 +91,10 @@ def check_hyperparameter(name: str, value: Any, new: bool = True) -> Any:
     """
     if name == "lr" and not new:
         return check_number_or_tensor(name, value, "a finite number", math.isfinite)
-    if name in ("lr", "eps", "weight_decay"):
+    if name in ("lr", "eps", "weight_decay", "momentum"):
         return check_number_or_tensor(name, value, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+    if name == "dampening":
+        return check_number_or_tensor(name, value, "a finite number", math.isfinite)
     if name == "betas":
         return _checked_betas(value)
     if name in FLAGS:

@@ -714,7 +714,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     steps[index] = 0
                     dict.pop(self._state, record.param, None)
                     continue
-                steps[index] = int(entry["step"]) if entry else 0
+                steps[index] = self.rule.saved_step(entry)
                 # In place, and zero if nothing was saved: a captured graph may read these tensors.
                 engine.moments.load(index, entry or {})
             engine.state.set_update_steps(steps)
@@ -755,7 +755,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._scheduler_token = state.pop("scheduler_token")
         self.state = {
             key: {"step": torch.tensor(float(steps[key]), dtype=torch.float32, device="cpu"), **entry}
-            if key in steps and entry
+            if self.rule.has_step and key in steps and entry
             else entry
             for key, entry in state.pop("state").items()
         }

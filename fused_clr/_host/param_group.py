@@ -145,7 +145,7 @@ class ParamGroup(WatchedDict):
         if was_driven or (previous is not None and previous.drives_momentum):
             return
         momentum = self._rule.momentum_of(self.settings().values)
-        if momentum not in (maximum, self._rule.default_momentum):
+        if momentum not in (maximum, *self._rule.usual_momenta):
             warn(
                 f"cycle_momentum=True overrides the optimizer's momentum {momentum} ({self._rule.momentum_key}) with "
                 f"{base} to {maximum}; cycle_momentum=False keeps it"

@@ -36,7 +36,7 @@ def check_optimizer(optimizer: Optimizer, kind: str, last_epoch: int) -> tuple[F
     """
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
-            f"optimizer must be a FusedAdam or FusedAdamW, got {type(optimizer).__name__}; "
+            f"optimizer must be a FusedAdam, FusedAdamW or FusedSGD, got {type(optimizer).__name__}; "
             f"torch.optim.lr_scheduler.{kind} drives torch's optimizers"
         )
     last_epoch = check_last_epoch(last_epoch)

@@ -35,7 +35,7 @@ class CosineAnnealingWarmRestarts(BaseLRScheduler):
     wrongly if ``last_epoch`` is more than one restart away.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         T_0: Steps until the first restart, an integer >= 1.
         T_mult: Factor of the steps from one restart to the next, an integer >= 1.
         eta_min: Learning rate before each restart, >= 0.

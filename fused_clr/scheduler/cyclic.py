@@ -32,7 +32,7 @@ class CyclicLR(FusedScheduler):
     ``base_momentums``, ``max_momentums``) can be assigned, whole or by entry.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         base_lr: Lower bound of the learning rate, or a list with one per group.
         max_lr: Upper bound, or a list; it may be below ``base_lr``.
         step_size_up: Steps of the rising half, > 0.
@@ -41,9 +41,9 @@ class CyclicLR(FusedScheduler):
         gamma: Base of exp_range.
         scale_fn: Overrides ``mode``; see `fused_clr.schedules.Cyclic`.
         scale_mode: "cycle" or "iterations".
-        cycle_momentum: Cycle beta1 against the learning rate.
-        base_momentum: Lower bound of beta1, or a list.
-        max_momentum: Upper bound of beta1, or a list.
+        cycle_momentum: Cycle the momentum, Adam's beta1, against the learning rate.
+        base_momentum: Lower bound of the momentum, or a list.
+        max_momentum: Upper bound of the momentum, or a list.
         last_epoch: The last step when resuming, or -1.
         total_steps: See `fused_clr.schedules.Cyclic`; not one of torch's.
 

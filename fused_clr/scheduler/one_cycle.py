@@ -36,14 +36,14 @@ class OneCycleLR(FusedScheduler):
     which count when it is resumed with ``last_epoch`` or a state_dict: load the optimizer's state_dict first.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         max_lr: Learning rate at the peak, or a list with one per group.
         total_steps: Steps of the training; ``epochs * steps_per_epoch`` if None.
         epochs: Epochs of the training.
         steps_per_epoch: Steps of each epoch.
         pct_start: Share of the steps that rises. No phase may be empty: ``pct_start * total_steps`` must exceed 1.
         anneal_strategy: "cos" or "linear".
-        cycle_momentum: Cycle beta1 against the learning rate.
+        cycle_momentum: Cycle the momentum, Adam's beta1, against the learning rate.
         base_momentum: Momentum at the peak, or a list.
         max_momentum: Momentum at the start and the end, or a list.
         div_factor: ``max_lr`` over the initial learning rate.

@@ -35,7 +35,7 @@ class SequentialLR(FusedScheduler):
       of torch's begins with the ``initial_lr`` that it wrote, and two of them share the ``max_lr`` of the second.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         schedulers: Schedulers of this package, created for ``optimizer``.
         milestones: The step at which each scheduler but the first begins: integers.
         last_epoch: The last step when resuming, or -1.

@@ -30,7 +30,7 @@ class ConstantLR(BaseLRScheduler):
     which rounds, and raises an error for 0.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         factor: In [0, 1].
         total_iters: Steps with the smaller learning rate, an integer >= 1.
         last_epoch: The last step when resuming, or -1.
@@ -93,7 +93,7 @@ class LinearLR(BaseLRScheduler):
     before, which drifts.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         start_factor: In (0, 1].
         end_factor: In [0, 1].
         total_iters: Steps of the line, an integer >= 1.
@@ -164,7 +164,7 @@ class ExponentialLR(BaseLRScheduler):
     the step before, which drifts.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         gamma: The factor, >= 0.
         last_epoch: The last step when resuming, or -1.
 
@@ -215,7 +215,7 @@ class PolynomialLR(BaseLRScheduler):
     before, which drifts.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         total_iters: Steps until 0, an integer >= 1.
         power: The exponent, > 0.
         last_epoch: The last step when resuming, or -1.
@@ -268,7 +268,7 @@ class CosineAnnealingLR(BaseLRScheduler):
     replays; torch's rises again. Torch's scales the learning rate of the step before, which drifts.
 
     Args:
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         T_max: Steps until ``eta_min``, > 0. Need not be an integer.
         eta_min: The last learning rate, >= 0.
         last_epoch: The last step when resuming, or -1.

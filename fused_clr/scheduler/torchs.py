@@ -59,8 +59,10 @@ def read_schedules(
             f"{name} drives {len(scheduler.base_lrs)} param groups, and the optimizer has {len(groups)}: one added "
             "after the scheduler was created cannot be converted"
         )
-    if getattr(scheduler, "cycle_momentum", False) and not scheduler.use_beta1:
-        raise ValueError(f"{name} cycles 'momentum', which Adam does not have")
+    if getattr(scheduler, "cycle_momentum", False):
+        cycled = "betas" if scheduler.use_beta1 else "momentum"
+        if cycled not in groups[0]:
+            raise ValueError(f"{name} cycles {cycled!r}, which its optimizer does not have")
     if kind is CyclicLR:
         return _read_cyclic(scheduler, total_steps)
     state = scheduler.state_dict()

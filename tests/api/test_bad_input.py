@@ -200,7 +200,7 @@ def test_base_lr_may_exceed_max_lr(backend: str) -> None:
 
 
 def test_cyclic_lr_wants_a_fused_optimizer() -> None:
-    with pytest.raises(TypeError, match="optimizer must be a FusedAdam or FusedAdamW, got SGD"):
+    with pytest.raises(TypeError, match="optimizer must be a FusedAdam, FusedAdamW or FusedSGD, got SGD"):
         CyclicLR(torch.optim.SGD([parameter(2)]), 0.1, 0.2)
 
 

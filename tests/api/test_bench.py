@@ -59,9 +59,9 @@ def test_cases_are_told_apart_and_mixed_ones_have_both_dtypes() -> None:
 
 
 def test_bytes_of_a_step() -> None:
-    assert Case("4x4").step_bytes == 28 * 16
-    assert Case("4x4", "bf16").step_bytes == 14 * 16
-    assert Case("4x4", clips=True).step_bytes == 32 * 16
+    assert Case("4x4").step_bytes() == 28 * 16
+    assert Case("4x4", "bf16").step_bytes() == 14 * 16
+    assert Case("4x4", clips=True).step_bytes() == 32 * 16
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

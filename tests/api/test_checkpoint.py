@@ -53,7 +53,7 @@ def test_training_goes_on_as_if_nothing_had_happened(
 ) -> None:
     from_ours, to_ours = (side == "ours" for side in route.split("-to-"))
     cases: dict[str, Any] = {"optimizer_case": optimizer_case, "schedule_case": schedule_case}
-    options = {optimizer_case.flags[0]: True}
+    options = optimizer_case.options(True)
     source = make_pair(from_ours, **cases, **options)
     train(source, 13)
     optimizer_state, scheduler_state = saved(source)
@@ -131,7 +131,8 @@ def test_state_dict_has_torchs_keys(backend: str, optimizer_case: OptimizerCase,
     train(theirs, 2)
     state, torch_state = ours.optimizer.state_dict(), theirs.optimizer.state_dict()
     assert state["state"].keys() == torch_state["state"].keys()
-    assert state["state"][0].keys() == torch_state["state"][0].keys()
+    for key, entry in torch_state["state"].items():
+        assert state["state"][key].keys() == entry.keys()
     for group, torch_group in zip(state["param_groups"], torch_state["param_groups"], strict=True):
         assert set(group) - {"schedule", *OWN_KEYS} == set(torch_group) - set(OWN_KEYS)
         assert type(group["lr"]) is float

@@ -25,7 +25,17 @@ WITHOUT_EXAMPLES = {
 
 
 def test_public_names() -> None:
-    classes = ["CapturedStep", "FusedAdam", "FusedAdamW", "GraphedStep", "History", "Live", "RangeTest", "Status"]
+    classes = [
+        "CapturedStep",
+        "FusedAdam",
+        "FusedAdamW",
+        "FusedSGD",
+        "GraphedStep",
+        "History",
+        "Live",
+        "RangeTest",
+        "Status",
+    ]
     functions = ["fuse", "range_test", "schedules", "suggest_step_size", "testing", "unfuse"]
     assert sorted(fused_clr.__all__) == [*sorted([*classes, "Suggestion", *KINDS]), *functions]
     assert issubclass(FusedAdam, torch.optim.Optimizer)

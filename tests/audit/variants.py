@@ -105,10 +105,11 @@ class Variant(NamedTuple):
     def name(self) -> str:
         """Words that tell variants apart."""
         words = [self.target, self.kernel.removesuffix("_kernel")]
+        words += [self.rule.lower()] if self.rule != "ADAM" else []
         if self.kernel == "step_kernel":
             words.append(self.param_dtype)
             words += [f"grad={self.grad_dtype}"] if self.grad_dtype != self.param_dtype else []
-            words += ["amsgrad"] if self.num_states == 3 else []
+            words += [{0: "no-momentum", 1: "momentum", 3: "amsgrad"}[self.num_states]] if self.num_states != 2 else []
             words.append("last" if self.is_last else "not-last")
             words += ["write-back-grads"] if self.write_back_grads else []
         if self.kernel == "norm_kernel":
@@ -127,6 +128,10 @@ def all_variants() -> list[Variant]:
                 Variant(target, "step_kernel", False, param, grad, num_states),
                 Variant(target, "step_kernel", False, param, grad, num_states, is_last=False),
             ]
+        for (param, grad), num_states in itertools.product(COMBINATIONS, (0, 1)):
+            variants.append(Variant(target, "step_kernel", False, param, grad, num_states, rule="SGD"))
+        variants.append(Variant(target, "step_kernel", num_states=1, is_last=False, rule="SGD"))
+        variants.append(Variant(target, "reevaluate_kernel", rule="SGD"))
         variants.append(Variant(target, "step_kernel", True, ones=True))
         variants.append(Variant(target, "step_kernel", write_back_grads=True))
         for flag in (False, True):
@@ -151,7 +156,11 @@ class Kernels:
         package.__path__ = [str(folder)]
         self.step = importlib.import_module(f"{name}.step")
         adam = importlib.import_module(f"{name}.adam")
-        self.rules = {"ADAM": (adam.adam_update, adam.adam_scalars)}
+        sgd = importlib.import_module(f"{name}.sgd")
+        self.rules = {
+            "ADAM": (adam.adam_update, adam.adam_scalars),
+            "SGD": (sgd.sgd_update, sgd.sgd_scalars),
+        }
         self.modules = {
             "step_kernel": self.step,
             "reevaluate_kernel": importlib.import_module(f"{name}.evaluate"),

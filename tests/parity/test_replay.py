@@ -153,8 +153,10 @@ def test_replays_follow_changed_hyperparameters(optimizer_case: OptimizerCase) -
             if number % 4 == 0 and changes[number // 4 - 1 : number // 4]:
                 group = pair.optimizer.param_groups[0]
                 key, value = changes[number // 4 - 1]
-                # The first beta is the schedule's.
-                group[key] = (group["betas"][0], value[1]) if key == "betas" else value
+                # The momentum is the schedule's.
+                if key in ("betas", "momentum"):
+                    value = (group[key][0], value[1]) if key == "betas" else group[key]
+                group[key] = value
         graph.replay()
         step(theirs)
         assert_same_params(ours, theirs, 1e-5, 1e-6)

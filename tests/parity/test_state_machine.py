@@ -63,7 +63,7 @@ class Machine(RuleBasedStateMachine):
         generator = torch.Generator().manual_seed(0)
         self.ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
         self.theirs = [torch.nn.Parameter(param.detach().clone()) for param in self.ours]
-        flags = {optimizer_case.flags[0]: flag}
+        flags = optimizer_case.options(flag)
         self.options = {"max_grad_norm": max_grad_norm, "advance_schedule_on_skip": advance_schedule_on_skip, **flags}
         self.optimizer = self.new_optimizer()
         self.reference = optimizer_case.torch_peer(self.theirs, **flags)
@@ -95,7 +95,7 @@ class Machine(RuleBasedStateMachine):
             group["lr"] = lr
             if "betas" in group:
                 group["betas"] = momentum, group["betas"][1]
-            else:
+            elif self.schedule.drives_momentum:
                 group["momentum"] = momentum
         self.reference.step()
         self.step += 1

@@ -27,7 +27,7 @@ from tests.helpers.pairs import (
 )
 from tests.helpers.schedules import CYCLIC, once, shape_segments
 from tests.helpers.tolerances import AFTER_STEPS, SCHEDULED
-from tests.parity.test_parity import Run
+from tests.parity.test_parity import Run, torch_run
 from tests.ptx.device import Device
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("device")]
@@ -68,21 +68,20 @@ def test_every_dtype_and_flag(
     schedule_case: ScheduleCase, dtype: torch.dtype, optimizer_case: OptimizerCase, first: bool, second: bool
 ) -> None:
     """Odd sizes, every layout, missing gradients, and gradients of another layout."""
-    options = dict(zip(optimizer_case.flags, (first, second), strict=True))
+    options = optimizer_case.options(first, second)
     ours = Run(True, optimizer_case, schedule_case, dtype, options)
-    theirs = Run(
-        False, optimizer_case, schedule_case, dtype, {**options, "fused": dtype in (torch.float16, torch.bfloat16)}
-    )
+    theirs = torch_run(optimizer_case, schedule_case, dtype, options)
     for number in range(3):
         told = [torch.tensor(run.step(number), dtype=torch.float64) for run in (ours, theirs)]
         torch.testing.assert_close(*told, rtol=SCHEDULED.rtol, atol=SCHEDULED.atol)
     rtol, atol, _ = AFTER_STEPS[dtype]
     for mine, torchs in zip(ours.params, theirs.params, strict=True):
-        torch.testing.assert_close(mine, torchs, rtol=rtol, atol=atol)
+        torch.testing.assert_close(mine, torchs.to(dtype), rtol=rtol, atol=atol)
         state, torch_state = ours.optimizer.state[mine], theirs.optimizer.state[torchs]
         assert set(state) == set(torch_state)
         for key in state:
-            torch.testing.assert_close(state[key], torch_state[key], rtol=rtol, atol=atol)
+            expected = torch_state[key] if key == "step" else torch_state[key].to(dtype)
+            torch.testing.assert_close(state[key], expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(

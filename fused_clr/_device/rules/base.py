@@ -22,10 +22,12 @@ class UpdateRule(NamedTuple):
         states: Keys of the state tensors, which have the parameter's shape, dtype and layout.
         num_states: How many of them a group with these values uses, counted from the first.
         required_states: How many of them every checkpoint has.
+        has_step: A parameter's state has its number of updates, ``step``. Without it, updates are counted from the
+            creation of the first state tensor, and checkpoints tell only whether there was one.
         saved_keys: What every version of torch's optimizer saves of a group, besides ``params`` and ``lr``.
         momentum_key: Key of the param group that holds the momentum, which schedules can cycle; empty: a rule without.
         momentum_index: Its index if that value is a tuple; None if the value is the momentum.
-        default_momentum: The default momentum.
+        usual_momenta: What a schedule that cycles the momentum overrides without a warning.
         columns: A group's values as columns of the group table, in the order of the kernel's constants.
         kernels: Imports the ``@triton.jit`` functions: UPDATE and SCALARS of `kernels.step.step_kernel`.
         cpu_update: From a group's values and ``maximize``, the same update on the CPU.
@@ -37,10 +39,17 @@ class UpdateRule(NamedTuple):
     kernels: Callable[[], tuple[Any, Any]]
     cpu_update: Callable[[Mapping[str, Any], bool], CpuUpdate]
     required_states: int = 0
+    has_step: bool = True
     saved_keys: frozenset[str] = frozenset()
     momentum_key: str = ""
     momentum_index: int | None = None
-    default_momentum: float = 0.0
+    usual_momenta: tuple[float, ...] = ()
+
+    def saved_step(self, entry: Mapping[str, Any] | None) -> int:
+        """Number of updates that a parameter's state, saved or written by a user, tells of."""
+        if not entry:
+            return 0
+        return int(entry.get("step") or 0) if self.has_step else int(entry.get(self.states[0]) is not None)
 
     def momentum_in(self, value: Any) -> Any:
         """The momentum in a value of ``momentum_key``."""
@@ -49,7 +58,7 @@ class UpdateRule(NamedTuple):
     def momentum_of(self, values: Mapping[str, Any]) -> float:
         """The momentum in a group's values."""
         if not self.momentum_key:
-            return self.default_momentum
+            return 0.0
         return float(self.momentum_in(values[self.momentum_key]))
 
     def with_momentum(self, value: Any, momentum: Any) -> Any:

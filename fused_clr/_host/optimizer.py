@@ -128,6 +128,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             for index, record in enumerate(engine.parameters.records):
                 if record.param.requires_grad:
                     engine.moments.create(index)
+            if not self.rule.has_step:
+                # Torch's optimizer takes a step with gradients of 0: its buffers have begun.
+                engine.state.set_update_steps([max(step, 1) for step in engine.state.get_update_steps()])
 
     def on_state_change(self) -> None:
         """``state`` was written."""

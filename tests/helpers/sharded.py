@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
 
-from fused_clr import CyclicLR, FusedAdam
+from fused_clr import CyclicLR
+from tests.cases import ADAM, OptimizerCase
 from tests.helpers.tolerances import AFTER_STEPS
 
 CYCLE: dict[str, Any] = {"base_lr": 1e-3, "max_lr": 2e-2, "step_size_up": 4, "mode": "triangular2"}
@@ -54,10 +55,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def torch_run(steps: int = STEPS, max_norm: float | None = None) -> dict[str, torch.Tensor]:
+def torch_run(
+    steps: int = STEPS, max_norm: float | None = None, optimizer_case: OptimizerCase = ADAM
+) -> dict[str, torch.Tensor]:
     """Parameters and state after a training by torch's pair in one process."""
     model = make_model()
-    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.01)
+    optimizer = optimizer_case.torch_peer(model.parameters(), weight_decay=0.01)
     scheduler = lr_scheduler.CyclicLR(optimizer, **CYCLE)
     for batch in batches(steps):
         optimizer.zero_grad()
@@ -86,14 +89,17 @@ def assert_same(results: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 
 def sharded(
-    max_grad_norm: float | None = None, mesh_shape: tuple[int, ...] = (2,), **arguments: Any
-) -> tuple[torch.nn.Module, FusedAdam, CyclicLR]:
+    max_grad_norm: float | None = None,
+    mesh_shape: tuple[int, ...] = (2,),
+    optimizer_case: OptimizerCase = ADAM,
+    **arguments: Any,
+) -> tuple[torch.nn.Module, Any, CyclicLR]:
     model = make_model()
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
     for layer in (model.first, model.last):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = FusedAdam(model.parameters(), weight_decay=0.01, max_grad_norm=max_grad_norm, **arguments)
+    optimizer = optimizer_case.ours(model.parameters(), weight_decay=0.01, max_grad_norm=max_grad_norm, **arguments)
     return model, optimizer, CyclicLR(optimizer, **CYCLE)
 
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from fused_clr import CyclicLR, FusedAdam
+from tests.cases import ADAM, SGD, OptimizerCase, by_rows
 from tests.helpers.ranks import Ranks
 from tests.helpers.sharded import (
     CYCLE,
@@ -55,8 +56,8 @@ def load(model: torch.nn.Module, optimizer: Any, folder: str, flatten: bool, no_
     )
 
 
-def run_save(folder: str, flatten: bool) -> None:
-    model, optimizer, scheduler = sharded()
+def run_save(folder: str, flatten: bool, optimizer_case: OptimizerCase) -> None:
+    model, optimizer, scheduler = sharded(optimizer_case=optimizer_case)
     train(model, optimizer, scheduler, 6)
     dcp.save(checkpoint_of(model, optimizer, flatten), checkpoint_id=folder)
 
@@ -72,9 +73,9 @@ def run_load(folder: str, flatten: bool) -> dict[str, torch.Tensor]:
     return results_of(model, optimizer)
 
 
-def one_process() -> tuple[Model, FusedAdam, CyclicLR]:
+def one_process(optimizer_case: OptimizerCase = ADAM) -> tuple[Model, Any, CyclicLR]:
     model = make_model()
-    optimizer = FusedAdam(model.parameters(), weight_decay=0.01)
+    optimizer = optimizer_case.ours(model.parameters(), weight_decay=0.01)
     return model, optimizer, CyclicLR(optimizer, **CYCLE)
 
 
@@ -87,16 +88,16 @@ def train_alone(model: torch.nn.Module, optimizer: Any, scheduler: Any, steps: i
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
+@by_rows("flatten optimizer_case", [(False, ADAM), (True, ADAM), (False, SGD)])
 def test_a_checkpoint_of_two_processes_is_loaded_by_one(
-    ranks: Ranks, backend: str, tmp_path: Path, flatten: bool
+    ranks: Ranks, backend: str, tmp_path: Path, flatten: bool, optimizer_case: OptimizerCase
 ) -> None:
-    ranks.run(run_save, str(tmp_path), flatten)
-    model, optimizer, scheduler = one_process()
+    ranks.run(run_save, str(tmp_path), flatten, optimizer_case)
+    model, optimizer, scheduler = one_process(optimizer_case)
     load(model, optimizer, str(tmp_path), flatten, no_dist=True)
     assert scheduler.last_epoch == 6
     train_alone(model, optimizer, scheduler, STEPS - 6, skip=6)
-    assert_same(results_of(model, optimizer), torch_run())
+    assert_same(results_of(model, optimizer), torch_run(optimizer_case=optimizer_case))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_clr import CyclicLR, FusedAdam, schedules
+from tests.cases import ADAM, SGD, OptimizerCase, by_rows
 from tests.helpers.ranks import Ranks
 from tests.helpers.sharded import (
     CYCLE,
@@ -33,8 +34,8 @@ from tests.helpers.tolerances import AFTER_STEPS
 
 
 # -- FSDP2 ------------------------------------------------------------------------------------------------------------
-def run_fsdp(max_norm: float | None) -> tuple[dict[str, torch.Tensor], float]:
-    model, optimizer, scheduler = sharded(max_norm)
+def run_fsdp(max_norm: float | None, optimizer_case: OptimizerCase) -> tuple[dict[str, torch.Tensor], float]:
+    model, optimizer, scheduler = sharded(max_norm, optimizer_case=optimizer_case)
     local_sizes = {name: param.to_local().numel() for name, param in model.named_parameters()}
     assert (local_sizes["last.bias"], local_sizes["first.bias"]) == ((1, 4), (0, 3))[dist.get_rank()]
     train(model, optimizer, scheduler, 2)
@@ -45,15 +46,17 @@ def run_fsdp(max_norm: float | None) -> tuple[dict[str, torch.Tensor], float]:
     assert optimizer._ready().first is engine
     assert engine._plans.plans() == plans
     for state in optimizer.state.values():
-        assert isinstance(state["exp_avg"], DTensor)
+        assert all(isinstance(state[key], DTensor) for key in state if key != "step")
     return results_of(model, optimizer), float(optimizer.live.grad_norm)
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_fully_shard_equals_torch_in_one_process(ranks: Ranks, backend: str, max_norm: float | None) -> None:
-    wanted = torch_run(max_norm=max_norm)
+@by_rows("max_norm optimizer_case", [(None, ADAM), (0.5, ADAM), (0.5, SGD)])
+def test_fully_shard_equals_torch_in_one_process(
+    ranks: Ranks, backend: str, max_norm: float | None, optimizer_case: OptimizerCase
+) -> None:
+    wanted = torch_run(max_norm=max_norm, optimizer_case=optimizer_case)
     norms = []
-    for results, norm in ranks.run(run_fsdp, max_norm):
+    for results, norm in ranks.run(run_fsdp, max_norm, optimizer_case):
         assert_same(results, wanted)
         norms.append(norm)
     if max_norm is not None:

@@ -174,7 +174,7 @@ class FusedScheduler(LRScheduler, ABC):
         """Advances the schedule, unless the optimizer's step has done so already.
 
         Args:
-            epoch: Deprecated, as in torch: sets ``last_epoch``.
+            epoch: Sets ``last_epoch``. Deprecated, as in torch.
 
         Raises:
             RuntimeError: A newer scheduler was created for the optimizer.
@@ -183,7 +183,9 @@ class FusedScheduler(LRScheduler, ABC):
         optimizer = self._fused
         if epoch is not None:
             epoch = check_schedule_step("epoch", epoch)
-            warn(EPOCH_DEPRECATION_WARNING)
+            # Torch's CosineAnnealingWarmRestarts does not deprecate it.
+            if self.TORCH.step is LRScheduler.step:
+                warn(EPOCH_DEPRECATION_WARNING)
             optimizer.set_schedule_step(epoch)
             self._step_count += 1
             return

@@ -479,6 +479,8 @@ def test_step_with_an_epoch_takes_whole_steps(on_cpu: None) -> None:
     with pytest.raises(ValueError, match="epoch must be an integer .*, got 0.5"):
         scheduler.step(0.5)
     assert (scheduler.T_cur, scheduler.T_i) == (0, 4)
-    with pytest.warns(UserWarning, match="epoch parameter"):
-        scheduler.step(6)
+    # As in torch, this one is not deprecated.
+    scheduler.step(6)
     assert (scheduler.T_cur, scheduler.last_epoch) == (2, 6)
+    with pytest.warns(UserWarning, match="epoch parameter"):
+        LinearLR(adam()).step(6)

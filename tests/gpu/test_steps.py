@@ -7,6 +7,7 @@ import torch
 
 from fused_clr import CyclicLR, FusedAdam
 from fused_clr.schedules import Cyclic
+from tests.cases import ADAM, SGD, OptimizerCase, by_rows, momenta_of
 from tests.helpers.on_gpu import (
     CYCLE,
     PERIOD,
@@ -21,12 +22,16 @@ from tests.helpers.on_gpu import (
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_eager_steps_equal_torch(dtype: torch.dtype) -> None:
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+# Torch's fused SGD is wrong in 16 bits on the CPU, and nobody has tried it here on a GPU.
+@by_rows("dtype optimizer_case", [*((dtype, ADAM) for dtype in DTYPES), (torch.float32, SGD), (torch.float64, SGD)])
+def test_eager_steps_equal_torch(dtype: torch.dtype, optimizer_case: OptimizerCase) -> None:
     ours, theirs = make_params(dtype), make_params(dtype)
-    optimizer = FusedAdam(ours)
+    optimizer = optimizer_case.ours(ours)
     scheduler = CyclicLR(optimizer, **CYCLE)
-    torch_optimizer, torch_scheduler = torch_pair(theirs)
+    torch_optimizer, torch_scheduler = torch_pair(theirs, optimizer_case)
     for step in range(3 * PERIOD):
         set_gradients(ours, step)
         set_gradients(theirs, step)
@@ -41,11 +46,11 @@ def test_eager_steps_equal_torch(dtype: torch.dtype) -> None:
         torch.testing.assert_close(mine, other, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("mode", ["global", "thread_local", "relaxed"])
-def test_a_captured_step_follows_the_schedule(mode: str) -> None:
+@by_rows("mode optimizer_case", [("global", ADAM), ("thread_local", ADAM), ("relaxed", ADAM), ("relaxed", SGD)])
+def test_a_captured_step_follows_the_schedule(mode: str, optimizer_case: OptimizerCase) -> None:
     ours, theirs = make_params(torch.float32), make_params(torch.float32)
-    optimizer = FusedAdam(ours, schedule=Cyclic(**CYCLE))
-    torch_optimizer, torch_scheduler = torch_pair(theirs)
+    optimizer = optimizer_case.ours(ours, schedule=Cyclic(**CYCLE))
+    torch_optimizer, torch_scheduler = torch_pair(theirs, optimizer_case)
     for params in (ours, theirs):
         set_gradients(params, 0)
     optimizer.step()
@@ -61,7 +66,8 @@ def test_a_captured_step_follows_the_schedule(mode: str) -> None:
         torch_optimizer.step()
         torch_scheduler.step()
         assert optimizer.param_groups[0]["lr"] == pytest.approx(torch_optimizer.param_groups[0]["lr"], rel=1e-12)
-        assert optimizer.param_groups[0]["betas"][0] == pytest.approx(torch_optimizer.param_groups[0]["betas"][0])
+        momentum, *_ = momenta_of(torch_optimizer.param_groups[0])
+        assert momenta_of(optimizer.param_groups[0])[0] == pytest.approx(momentum)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cases import ADAM, OptimizerCase
+
 CYCLE: dict[str, Any] = {"base_lr": 1e-4, "max_lr": 1e-2, "step_size_up": 7, "step_size_down": 4, "mode": "triangular2"}
 
 
@@ -44,8 +46,10 @@ def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
             param.grad.copy_(gradient)
 
 
-def torch_pair(params: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.Adam(params, fused=True)
+def torch_pair(
+    params: list[torch.nn.Parameter], optimizer_case: OptimizerCase = ADAM
+) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = optimizer_case.torch_peer(params, fused=True)
     return optimizer, torch.optim.lr_scheduler.CyclicLR(optimizer, **CYCLE)
 
 

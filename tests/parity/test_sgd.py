@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import SGD, lr_scheduler
 
-from fused_clr import CyclicLR, FusedSGD, testing
+from fused_clr import CyclicLR, FusedSGD, OneCycleLR, testing
 from fused_clr.schedules import Constant, Cyclic, Schedule
 from tests.helpers.tolerances import AFTER_STEPS
 
@@ -160,6 +161,15 @@ def test_nesterov_needs_momentum(arguments: dict[str, Any]) -> None:
 def test_bad_arguments(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
         FusedSGD([torch.nn.Parameter(torch.ones(2))], **arguments)
+
+
+@pytest.mark.parametrize(("momentum", "warns"), [(0.0, False), (0.9, False), (0.5, True)])
+def test_a_chosen_momentum_that_a_schedule_overrides(momentum: float, warns: bool) -> None:
+    context = (
+        pytest.warns(UserWarning, match=r"momentum 0.5 \(momentum\) with 0.85 to 0.95") if warns else nullcontext()
+    )
+    with context:
+        OneCycleLR(FusedSGD([torch.nn.Parameter(torch.ones(2))], momentum=momentum), 0.1, total_steps=9)
 
 
 @pytest.mark.parametrize("schedule", [Cyclic(0.01, 0.1, 5), Constant(0.1)], ids=["cyclic", "constant"])

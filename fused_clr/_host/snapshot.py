@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from .._device.tensors import has_memory
 from .._torch_internals import save_scaler_stages, writes_overlap
@@ -40,9 +41,7 @@ class Snapshot:
         self._seen: set[int] = set()
         with torch.no_grad():
             for name, value in objects:
-                if id(value) not in self._seen:
-                    self._seen.add(id(value))
-                    self._save(name, value)
+                self._save(name, value)
             self._save_random_states()
 
     @torch.no_grad()
@@ -52,10 +51,17 @@ class Snapshot:
             undo()
 
     def _save(self, name: str, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
         if isinstance(value, nn.Module):
             self._save_module(name, value)
         elif isinstance(value, FusedOptimizer):
             self._save_fused_optimizer(name, value)
+        elif isinstance(value, LRScheduler) and isinstance(value.optimizer, FusedOptimizer):
+            # The optimizer has the schedule; load_state_dict would set its step again.
+            self._save(name, value.optimizer)
+            self._undo.append(partial(vars(value).update, vars(value).copy()))
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))
         elif hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):

@@ -156,6 +156,22 @@ def test_everything_is_restored_and_training_continues(how: str, ending: str, be
         assert training.optimizer.captures == captures
 
 
+@pytest.mark.parametrize("scheduler_too", [False, True])
+def test_what_was_assigned_to_last_epoch_waits_for_the_scheduler(backend: str, scheduler_too: bool) -> None:
+    training = Training()
+    training.train(0, 3)
+    assert training.scheduler is not None
+    training.scheduler.last_epoch = 7
+    saved = training.everything()
+    training.range_test(restore=[training.model, *[training.scheduler][: int(scheduler_too)]], num_steps=20)
+    assert training.scheduler.last_epoch == 7
+    if scheduler_too:
+        assert training.everything() == saved
+    # No warning of the many steps of the range test either.
+    training.scheduler.step()
+    assert training.optimizer.status().schedule_step == 8
+
+
 def test_an_error_between_unscale_and_update_leaves_the_scaler_usable(backend: str) -> None:
     training = Training(scaled=True)
 

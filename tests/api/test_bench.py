@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import measure, report
+from bench import cyclical_claim, measure, report
 from bench.cases import CASES, Case
 from bench.loops import MODELS
 from bench.measure import NotAvailableError, figures_of, make_rounds
@@ -253,3 +253,20 @@ def test_ratios_on_the_pages_are_those_of_committed_results(page: Path, count: i
     text = page.read_text()
     assert len(report.MARKED_TABLE.findall(text)) == text.count("<!-- bench:") == count
     assert report.fill_tables(text) == text
+
+
+def test_the_page_on_the_claim_is_what_was_measured() -> None:
+    path = ROOT / "bench" / "results" / "cyclical-claim.json"
+    assert path.with_suffix(".md").read_text() == cyclical_claim.tables(json.loads(path.read_text()))
+
+
+def test_a_small_run_of_the_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MAX_STEPS": 30, "GRID": (1e-2,), "FIRST_CYCLE": 5, "DOUBLINGS": 2, "TARGET": 0.3}.items():
+        monkeypatch.setattr(cyclical_claim, name, value)
+    results = json.loads(json.dumps(cyclical_claim.measure(2)))
+    assert results["steps_to_target"]["Constant, 0.01"] == [15, 15]
+    ends = results["cycle_ends"]
+    # The same run up to the end of the first cycle.
+    assert list(ends["one run"]) == ["5", "15"]
+    assert ends["one run"]["5"] == ends["separate runs"]["5"]
+    assert "| Constant, 0.01 | 15 **15** 15 | 2/2 | 15 | 15 | 0 / 0 |" in cyclical_claim.tables(results)

@@ -325,6 +325,19 @@ def test_it_stops_at_a_loss_that_is_not_finite_and_takes_negative_ones() -> None
         assert len(result.loss) == count
 
 
+def test_divergence_is_from_the_smallest_loss_and_not_from_the_last() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    optimizer, returned = FusedAdam([weight]), iter([1.0, 0.5, 0.6, 0.9, 1.3, 1.9, 2.7, 4.0, 6.0, 9.0])
+
+    def step(_: int) -> float:
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        return next(returned)
+
+    result = range_test(step, optimizer, range(10), num_steps=10, smoothing=0.0, stop_factor=2.0, progress=False)
+    assert result.loss.tolist() == [1.0, 0.5, 0.6, 0.9, 1.3]
+
+
 def test_sweeps_that_cannot_go_on(backend: str) -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = FusedAdam([weight])

@@ -140,7 +140,8 @@ def range_test(
 
     The learning rate range test of Smith 2017, "Cyclical Learning Rates for Training Neural Networks"
     (arXiv:1506.01186, sec. 3.3). The sweep is a schedule, which the optimizer's kernel follows: it rises with every
-    *applied* update, not with micro-batches or skipped steps, and in a captured loop too. Every group follows it.
+    *applied* update, not with micro-batches or skipped steps, and in a captured loop too. Every group follows it. A
+    momentum that a schedule drives stays at its present value.
 
     Afterwards, also after an error or Ctrl-C, these are what they were, bit for bit and at their addresses: parameters
     of ``optimizer``, their gradients, its state, groups, schedule, counters and history; the objects in ``restore``;
@@ -150,7 +151,7 @@ def range_test(
     Args:
         step: One training step: takes a batch, calls ``optimizer.step()`` (not for every batch, if it accumulates
             gradients), and returns the loss, a number or a real tensor of 1 element. It may be a `GraphedStep`.
-        optimizer: A `FusedAdam` or `FusedAdamW`.
+        optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
         batches: What ``step`` takes. Iterated again with a warning if there are too few.
         start_lr: First learning rate, > 0; >= 0 in mode "linear".
         end_lr: Last learning rate, > ``start_lr``.
@@ -194,7 +195,7 @@ def range_test(
     if not callable(step):
         raise TypeError(f"step must be callable, got {type(step).__name__}")
     if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"optimizer must be a FusedAdam or FusedAdamW, got {type(optimizer).__name__}")
+        raise TypeError(f"optimizer must be a FusedAdam, FusedAdamW or FusedSGD, got {type(optimizer).__name__}")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be iterable, got {type(batches).__name__}")
     if mode not in MODES:
@@ -233,7 +234,7 @@ def _sweep(
     progress: bool,
 ) -> str:
     """Takes steps into ``curve`` until one of the reasons in ``RangeTest.stopped_by``, which it returns."""
-    optimizer.set_schedule(sweep)
+    _set_sweep(optimizer, sweep)
     optimizer.set_schedule_step(0)
     device = optimizer.live.schedule_step.device
     # The schedule step before each call and the loss, and the schedule step after the last call.
@@ -267,6 +268,18 @@ def _sweep(
         if bar is not None:
             bar.close()
     return "end"
+
+
+def _set_sweep(optimizer: FusedOptimizer, sweep: Schedule) -> None:
+    """Gives every group the sweep. A momentum that a schedule drives stays at its present value."""
+    rule = optimizer.rule
+    momenta = optimizer.status().momentum.tolist()
+    for group, momentum in zip(optimizer.param_groups, momenta, strict=True):
+        values: dict[str, Any] = {"schedule": sweep}
+        if group.schedule is not None and group.schedule.drives_momentum:
+            values[rule.momentum_key] = rule.with_momentum(group.stored(rule.momentum_key), momentum)
+        # In one write: SGD without momentum is another kernel, which would end captures.
+        group.store_all(values)
 
 
 def _check_loss(loss: Any) -> Tensor | float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused_clr import FusedAdam, demo
+from fused_clr import FusedAdam, FusedSGD, demo
 from fused_clr._curves import RULES, centred_trend, suggest
 from fused_clr.schedules import Schedule
 
@@ -123,19 +124,27 @@ def make_cnn(seed: int) -> nn.Module:
         return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *layers, nn.Flatten(), nn.Linear(128, 10))
 
 
-@pytest.mark.parametrize("make", [demo.make_model, make_cnn], ids=["mlp", "cnn"])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(demo.make_model, FusedAdam), (make_cnn, FusedAdam), (demo.make_model, partial(FusedSGD, momentum=0.9))],
+    ids=["mlp", "cnn", "mlp-sgd"],
+)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_digits_train_between_the_bounds_and_not_above_or_below(make: Any, seed: int, monkeypatch: Any) -> None:
-    """Four epochs: test accuracies of 94 % and more were seen, and above and below of at most 39 %."""
+def test_digits_train_between_the_bounds_and_not_above_or_below(
+    make: Any, kind: Any, seed: int, monkeypatch: Any
+) -> None:
+    """Four epochs: seen were 94 % and more between the bounds, 84 % with SGD, and 39 % at most above and below."""
     monkeypatch.setenv("FUSED_CLR_BACKEND", "cpu")
     cpu = torch.device("cpu")
-    result = demo.digits_range_test(cpu, seed, make, progress=False)
-    schedule = result.schedule(45, mode="triangular2")
+    result = demo.digits_range_test(
+        cpu, seed, make, kind, end_lr=100.0 if kind is not FusedAdam else 10.0, progress=False
+    )
+    schedule = result.schedule(45, mode="triangular2", cycle_momentum=False)
 
     def accuracy(schedule: Schedule) -> float:
         generator = torch.Generator().manual_seed(seed)
         data, model = demo.load_data(cpu, generator), make(seed)
-        optimizer, batches = FusedAdam(model.parameters(), schedule=schedule), data.batches(generator)
+        optimizer, batches = kind(model.parameters(), schedule=schedule), data.batches(generator)
         for _ in range(180):
             batch = next(batches)
             optimizer.zero_grad()
@@ -144,6 +153,6 @@ def test_digits_train_between_the_bounds_and_not_above_or_below(make: Any, seed:
         with torch.no_grad():
             return float((model.eval()(data.test_images).argmax(1) == data.test_labels).double().mean())
 
-    assert accuracy(schedule) > 0.85
+    assert accuracy(schedule) > 0.75
     assert accuracy(schedule.scaled(30)) < 0.5
     assert accuracy(schedule.scaled(0.002)) < 0.6

@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fused_clr import CyclicLR, FusedAdam, FusedAdamW, GraphedStep, RangeTest, plotting, range_test, suggest_step_size
+from fused_clr import (
+    CyclicLR,
+    FusedAdam,
+    FusedAdamW,
+    FusedSGD,
+    GraphedStep,
+    RangeTest,
+    plotting,
+    range_test,
+    suggest_step_size,
+)
 from fused_clr.schedules import Cyclic, Exponential, Linear
 from tests.helpers.pictures import width_drawn
 from tests.helpers.snapshots import everything
@@ -37,13 +47,15 @@ class RunningMean(nn.Module):
 class Training:
     """A small network with everything that a step may change, and its step."""
 
-    def __init__(self, *, graphed: bool = False, scheduled: bool = True, scaled: bool = False) -> None:
+    def __init__(
+        self, *, graphed: bool = False, scheduled: bool = True, scaled: bool = False, kind: Any = FusedAdam
+    ) -> None:
         torch.manual_seed(1)
         # The emulated graph knows neither a generator nor what native_batch_norm writes in place.
         middle = [RunningMean(6)] if graphed else [nn.BatchNorm1d(6), nn.Dropout(0.3)]
         self.model = nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), nn.Linear(6, 2))
         groups = [{"params": list(self.model[0].parameters()), "lr": 1e-2}, {"params": [*self.model[1:].parameters()]}]
-        self.optimizer = FusedAdam(groups, lr=2e-3, max_grad_norm=1.0, history_size=32)
+        self.optimizer = kind(groups, lr=2e-3, max_grad_norm=1.0, history_size=32)
         self.scheduler = CyclicLR(self.optimizer, 1e-3, [1e-2, 2e-2], step_size_up=5) if scheduled else None
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=4.0, growth_interval=3)
         self.calls = 0
@@ -119,7 +131,10 @@ def how(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("before", [0, 6])
 def test_everything_is_restored_and_training_continues(how: str, ending: str, before: int) -> None:
     """Bit for bit, and as a twin that had no range test; with grads or without, with a capture before it or in it."""
-    training, twin = (Training(graphed=how == "graph", scaled=before == 6 and how != "graph") for _ in range(2))
+    # SGD's first update of a parameter is another one than its later ones.
+    kind = {"end": FusedAdam, "diverged": FusedSGD, "error": FusedSGD, "interrupt": FusedAdamW}[ending]
+    scaled = before == 6 and how != "graph"
+    training, twin = (Training(graphed=how == "graph", scaled=scaled, kind=kind) for _ in range(2))
     for one in (twin, training):
         torch.manual_seed(4)
         one.train(0, before)
@@ -170,6 +185,21 @@ def test_what_was_assigned_to_last_epoch_waits_for_the_scheduler(backend: str, s
     # No warning of the many steps of the range test either.
     training.scheduler.step()
     assert training.optimizer.status().schedule_step == 8
+
+
+def test_a_momentum_that_a_schedule_drives_stays(backend: str) -> None:
+    for kind, key in ((FusedSGD, "momentum"), (FusedAdam, "betas")):
+        training = Training(kind=kind)
+        training.train(0, 2)
+        before = [group[key] for group in training.optimizer.param_groups]
+        seen: list[Any] = []
+        groups, on_call = training.optimizer.param_groups, seen.append
+        training.on_call = lambda call, groups=groups, on_call=on_call, key=key: on_call([g[key] for g in groups])
+        training.range_test()
+        # Two calls, of which the second one waits for its scheduler: the next step's.
+        expected = [group.schedule.momentum(2) for group in training.optimizer.param_groups]
+        assert seen == [[(value, 0.999) if key == "betas" else value for value in expected]] * 12
+        assert [group[key] for group in training.optimizer.param_groups] == before
 
 
 def test_an_error_between_unscale_and_update_leaves_the_scaler_usable(backend: str) -> None:
@@ -230,7 +260,7 @@ def test_groups_added_by_the_step_are_removed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exponential", "linear"])
-@pytest.mark.parametrize("optimizer_class", [FusedAdam, FusedAdamW])
+@pytest.mark.parametrize("optimizer_class", [FusedAdam, FusedSGD])
 def test_the_learning_rate_rises_with_applied_updates(backend: str, mode: str, optimizer_class: Any) -> None:
     """Three micro-batches an update, some updates skipped for an overflow: neither advances the sweep."""
     weight = nn.Parameter(torch.ones(3))
@@ -257,7 +287,7 @@ def test_the_learning_rate_rises_with_applied_updates(backend: str, mode: str, o
             optimizer.zero_grad()
         return losses[lr][-1]
 
-    batches = ((index, torch.full((3,), 1 + index % 7)) for index in itertools.count())
+    batches = ((index, torch.full((3,), 0.1 + 0.1 * (index % 7))) for index in itertools.count())
     arguments = {**SWEEP, "mode": mode, "smoothing": 0.0, "stop_factor": 1e6}
     result = range_test(step, optimizer, batches, restore=[scaler], check_every=4, **arguments)
     family = {"exponential": Exponential, "linear": Linear}[mode]
@@ -429,7 +459,7 @@ def test_bad_arguments_are_named_and_change_nothing(
 
 def test_other_optimizers_are_refused() -> None:
     optimizer: Any = torch.optim.Adam([nn.Parameter(torch.ones(1))])
-    with pytest.raises(TypeError, match="optimizer must be a FusedAdam or FusedAdamW, got Adam"):
+    with pytest.raises(TypeError, match="optimizer must be a FusedAdam, FusedAdamW or FusedSGD, got Adam"):
         range_test(returns(1.0), optimizer, [1])
     with pytest.raises(ValueError, match="optimizer has a tensor without memory"):
         range_test(returns(1.0), FusedAdam(nn.LazyLinear(2).parameters()), [1], progress=False)

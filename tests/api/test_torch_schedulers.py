@@ -427,7 +427,9 @@ def test_schedulers_and_optimizers_of_torchs_are_refused_by_name(on_cpu: None) -
     optimizer = adam()
     for name, case in FAMILIES.items():
         if name != "sequence":
-            with pytest.raises(TypeError, match="optimizer must be a FusedAdam or FusedAdamW, got Adam; torch.optim"):
+            with pytest.raises(
+                TypeError, match="optimizer must be a FusedAdam, FusedAdamW or FusedSGD, got Adam; torch.optim"
+            ):
                 case.ours(adam(ours=False), **case.of_group(0))
             with pytest.raises(KeyError, match="has no 'initial_lr', which last_epoch=3 needs"):
                 case.ours(adam(), **case.of_group(0), last_epoch=3)

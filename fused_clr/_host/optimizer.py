@@ -18,6 +18,7 @@ from .._device.capture import CapturedStep
 from .._device.engines import Engines
 from .._device.parameters import ParametersMovedError
 from .._device.rules import UpdateRule
+from .._device.rules.adam import largest_lr
 from .._device.settings import GroupSettings, Options, TensorRecord
 from .._device.sharding import local_tensor
 from .._device.tensors import check_parameter, has_memory
@@ -546,10 +547,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Lets the learning rate of every group fall from its present value, whatever its schedule was.
 
         Works between the replays of a captured loop, without capturing again. Waits for the device once. A momentum
-        that a schedule drives stays at its present value. Past the decay, every group holds ``final_lr``.
+        that a schedule drives stays at its present value. Past the decay, every group holds ``final_lr``. A ``max_lr``
+        that `FusedAdamW` needs and that is None becomes the number for which it stood.
 
         Args:
-            steps: Steps of the decay, >= 1. The next step is the first, and applies the present learning rate.
+            steps: Steps of the decay, >= 1. The next step is the first, and applies the present learning rate: the one
+                that it would have applied, which groups show only after ``scheduler.step()``, if one is called.
             shape: See `fused_clr.schedules.Decay`.
             final_lr: Learning rate at the end, in [0, the smallest present learning rate].
 
@@ -570,6 +573,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         final_lr = check_number("final_lr", final_lr, "a finite number >= 0", lambda x: 0 <= x < math.inf)
         status = self.status()
         schedules = []
+        # The decay's own largest learning rate must not change the weight decay.
+        max_lrs = [
+            (group, largest_lr(group.settings().values))
+            for group in self.param_groups
+            if group.stored("weight_decay_mode") in ("lr_ratio", "corrected")
+        ]
         for index, (group, lr) in enumerate(zip(self.param_groups, status.lr.tolist(), strict=True)):
             if not final_lr <= lr:
                 raise ValueError(
@@ -583,6 +592,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 decay = sequence(before, decay, milestones=[status.schedule_step])
             schedules.append(decay)
         self.set_schedule(schedules)
+        for group, max_lr in max_lrs:
+            group["max_lr"] = max_lr
 
     def change_schedule(self, group: ParamGroup, schedule: Schedule | None) -> None:
         """``group["schedule"] = schedule``."""

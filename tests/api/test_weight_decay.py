@@ -126,6 +126,29 @@ def test_without_a_schedule_the_ratio_is_to_the_first_lr(mode: str) -> None:
     assert_equal(params, expected)
 
 
+@by_mode
+@pytest.mark.parametrize("schedule", [None, CYCLE], ids=["torch's scheduler", "first step"])
+def test_the_decay_of_lr_begins_with_the_same_weight_decay(mode: str, schedule: Schedule | None) -> None:
+    """The schedule of ``begin_decay`` has another largest learning rate than what was before."""
+    params, expected = new_params(), new_params()
+    for own, begins in ((params, True), (expected, False)):
+        optimizer = FusedAdamW(own, lr=0.1, weight_decay=0.1, weight_decay_mode=mode, schedule=schedule)
+        if schedule is None:
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+        if begins:
+            optimizer.begin_decay(4)
+        train(optimizer, own, range(1))
+    assert_equal(params, expected)
+
+
+def test_a_group_without_max_lr_has_the_schedules() -> None:
+    params, expected = new_params(), new_params()
+    group = {"params": params, "weight_decay_mode": "lr_ratio"}
+    train(FusedAdam([group], weight_decay=0.1, decoupled_weight_decay=True), params, range(2))
+    train(FusedAdamW(expected, weight_decay=0.1, weight_decay_mode="lr_ratio"), expected, range(2))
+    assert_equal(params, expected)
+
+
 def test_groups_have_modes_and_schedules_of_their_own() -> None:
     """One launch, whatever the mixture."""
     modes = list(MODES)

@@ -15,6 +15,14 @@ from .base import CpuUpdate, UpdateRule
 TINY_LR = 1e-30
 
 
+def largest_lr(values: Mapping[str, Any]) -> float:
+    """What ``max_lr`` stands for in a group; see `FusedAdamW`."""
+    max_lr, schedule = values.get("max_lr"), values["schedule"]
+    if max_lr is None:
+        max_lr = values.get("initial_lr", values["lr"]) if schedule is None else schedule.largest_lr
+    return float(max_lr)
+
+
 def _decay_coefficients(values: Mapping[str, Any]) -> tuple[float, float, float]:
     """Coefficients of 1, lr and lr**2: what decoupled weight decay is multiplied by, see `FusedAdamW`."""
     mode = values.get("weight_decay_mode", "lr")
@@ -24,12 +32,9 @@ def _decay_coefficients(values: Mapping[str, Any]) -> tuple[float, float, float]
         return 1.0, 0.0, 0.0
     if mode == "lr":
         return 0.0, 1.0, 0.0
-    max_lr = values["max_lr"]
-    if max_lr is None:
-        schedule = values["schedule"]
-        max_lr = values.get("initial_lr", values["lr"]) if schedule is None else schedule.largest_lr
+    max_lr = largest_lr(values)
     # A learning rate that is always 0 decays nothing.
-    inverse = 1.0 / float(max_lr) if max_lr else 0.0
+    inverse = 1.0 / max_lr if max_lr else 0.0
     return (0.0, inverse, 0.0) if mode == "lr_ratio" else (0.0, 0.0, inverse)
 
 

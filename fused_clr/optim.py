@@ -134,6 +134,7 @@ class FusedAdamW(FusedAdam):
         weight_decay_mode: One of the modes above.
         max_lr: For "lr_ratio" and "corrected", >= 0; 0 decays nothing. None: the largest learning rate of the group's
             schedule; without a schedule the group's ``initial_lr``, which torch's schedulers set, or else its ``lr``.
+            A one-cycle schedule, torch's `OneCycleLR` too, overwrites it with its own ``max_lr``, which stays there.
         weight_decay_schedule: A value from `fused_clr.schedules` whose learning rate is the ``weight_decay`` above, at
             the schedule step of the learning rate. It must not drive the momentum. None: ``weight_decay`` is constant.
 
@@ -190,7 +191,8 @@ class FusedSGD(FusedOptimizer):
 
     Args:
         params: See `FusedAdam`; so are the arguments not listed here.
-        momentum: Momentum factor, >= 0. A schedule that cycles momentum sets it.
+        momentum: Momentum factor, >= 0. A schedule that cycles momentum sets it. Writing 0 in place of another number,
+            or the reverse, changes the group's state: replays of steps captured before then update nothing.
         dampening: Dampening of the gradient in the momentum buffer. Must be 0 where a schedule sets the momentum to 0.
         weight_decay: L2 penalty, >= 0.
         nesterov: Nesterov's momentum. Needs momentum and no dampening.

@@ -101,7 +101,8 @@ class Capture:
         """
         if self.generation != self.engine.generation:
             raise RuntimeError(
-                "this captured step no longer fits its optimizer: parameters, groups, amsgrad or a scale_fn changed "
+                "this captured step no longer fits its optimizer: parameters, groups, amsgrad, a scale_fn, or "
+                "whether an SGD group has momentum changed "
                 "since the capture, and a replay would update nothing; capture the step again"
             )
         params, grads, state = self.engine.present_places(self.active)

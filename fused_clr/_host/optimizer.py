@@ -473,7 +473,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Compares addresses, shapes, strides and dtypes of parameters, gradients and state, and which gradients exist,
         with those at capture. A gradient that is None now is fine, since the graph's own backward writes it.
-        Hyperparameters and schedules need no check: captured steps follow them.
+        Captured steps follow hyperparameters and schedules, except what changes the state: amsgrad, and whether an SGD
+        group has momentum.
 
         Args:
             captured: One of `captures`; None: the newest.

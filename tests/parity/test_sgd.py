@@ -208,6 +208,19 @@ def test_replays_follow_a_cycled_momentum() -> None:
     assert len(graph) == 1
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(("before", "after"), [(0.9, 0.0), (0.0, 0.9)])
+def test_a_captured_step_does_not_fit_a_momentum_that_began_or_ended(before: float, after: float) -> None:
+    twins = Twins(lr=0.1, momentum=before)
+    for param in twins.params:
+        param.grad = torch.ones_like(param)
+    with testing.record_launches():
+        twins.ours.step()
+    twins.ours.param_groups[0]["momentum"] = after
+    with pytest.raises(RuntimeError, match="whether an SGD group has momentum changed"):
+        twins.ours.check_replay()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_gradients_are_unscaled_and_stored(dtype: torch.dtype) -> None:
     param = torch.nn.Parameter(torch.linspace(-1, 1, 64).to(dtype))

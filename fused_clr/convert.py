@@ -211,8 +211,7 @@ def unfuse(
 
 
 def _without_own_keys(group: Mapping[str, Any]) -> dict[str, Any]:
-    # The groups of torch's OneCycleLR hold ``max_lr`` too.
-    return {key: group[key] for key in group if key not in FUSED_KEYS or (key == "max_lr" and group[key] is not None)}
+    return {key: value for key, value in group.items() if key not in FUSED_KEYS}
 
 
 def _carry_hooks(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:

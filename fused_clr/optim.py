@@ -132,9 +132,8 @@ class FusedAdamW(FusedAdam):
         params: See `FusedAdam`; so are the arguments not listed here.
         weight_decay: Decoupled weight decay, >= 0. Has no effect in a group with a ``weight_decay_schedule``.
         weight_decay_mode: One of the modes above.
-        max_lr: For "lr_ratio" and "corrected", >= 0; 0 decays nothing. None: the largest learning rate of the group's
+        weight_decay_max_lr: ``max_lr`` above, >= 0; 0 decays nothing. None: the largest learning rate of the group's
             schedule; without a schedule the group's ``initial_lr``, which torch's schedulers set, or else its ``lr``.
-            A one-cycle schedule, torch's `OneCycleLR` too, overwrites it with its own ``max_lr``, which stays there.
         weight_decay_schedule: A value from `fused_clr.schedules` whose learning rate is the ``weight_decay`` above, at
             the schedule step of the learning rate. It must not drive the momentum. None: ``weight_decay`` is constant.
 
@@ -160,7 +159,7 @@ class FusedAdamW(FusedAdam):
         fused: bool | None = None,
         schedule: Schedule | None = None,
         weight_decay_mode: Literal["lr", "lr_ratio", "constant", "corrected"] = "lr",
-        max_lr: float | None = None,
+        weight_decay_max_lr: float | None = None,
         weight_decay_schedule: Schedule | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
@@ -177,7 +176,7 @@ class FusedAdamW(FusedAdam):
             "fused": fused,
             "decoupled_weight_decay": True,
             "weight_decay_mode": weight_decay_mode,
-            "max_lr": max_lr,
+            "weight_decay_max_lr": weight_decay_max_lr,
             "weight_decay_schedule": weight_decay_schedule,
         }
         FusedOptimizer.__init__(self, params, defaults, schedule, options)

@@ -19,7 +19,7 @@ MAX_SCHEDULE_STEP = 2**53
 
 FLAGS = ("amsgrad", "maximize", "nesterov", "capturable", "decoupled_weight_decay")
 # Keys of a param group that torch's optimizers do not have. ``schedule`` is one more, with rules of its own.
-OWN_KEYS = ("weight_decay_mode", "max_lr", "weight_decay_schedule")
+OWN_KEYS = ("weight_decay_mode", "weight_decay_max_lr", "weight_decay_schedule")
 WEIGHT_DECAY_MODES = ("lr", "lr_ratio", "constant", "corrected")
 FLAGS_OR_NONE = ("foreach", "fused")
 
@@ -112,7 +112,7 @@ def check_hyperparameter(name: str, value: Any, new: bool = True) -> Any:
             _check_decay_schedule(value)
     if name == "weight_decay_mode" and value not in WEIGHT_DECAY_MODES:
         raise ValueError(f"weight_decay_mode must be one of {', '.join(map(repr, WEIGHT_DECAY_MODES))}, got {value!r}")
-    if name == "max_lr" and value is not None:
+    if name == "weight_decay_max_lr" and value is not None:
         return check_number(name, value, "a finite number >= 0 or None", lambda x: 0 <= x < math.inf)
     if name in Options._fields:
         raise ValueError(f"{name} holds for all groups: pass it to the optimizer, not in a param group")

@@ -196,10 +196,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index, group in enumerate(groups):
             if isinstance(group, ParamGroup):
                 continue
+            # A group of torch's optimizer does not have ours.
+            group = {key: self.defaults[key] for key in OWN_KEYS if key in self.defaults} | dict(group)
             missing = set(self.defaults) - {"schedule"} - set(group)
             if missing:
                 raise ValueError(f"param_groups[{index}] has no {sorted(missing)}")
-            groups[index] = self._make_group(index, dict(group))
+            groups[index] = self._make_group(index, group)
         self.param_groups[:] = groups
         return self.param_groups
 
@@ -548,8 +550,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Lets the learning rate of every group fall from its present value, whatever its schedule was.
 
         Works between the replays of a captured loop, without capturing again. Waits for the device once. A momentum
-        that a schedule drives stays at its present value. Past the decay, every group holds ``final_lr``. A ``max_lr``
-        that `FusedAdamW` needs and that is None becomes the number for which it stood.
+        that a schedule drives stays at its present value. Past the decay, every group holds ``final_lr``. Where the
+        weight decay of `FusedAdamW` needs a ``weight_decay_max_lr`` that is None, it becomes the number it stood for.
 
         Args:
             steps: Steps of the decay, >= 1. The next step is the first, and applies the present learning rate: the one
@@ -594,7 +596,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             schedules.append(decay)
         self.set_schedule(schedules)
         for group, max_lr in max_lrs:
-            group["max_lr"] = max_lr
+            group["weight_decay_max_lr"] = max_lr
 
     def change_schedule(self, group: ParamGroup, schedule: Schedule | None) -> None:
         """``group["schedule"] = schedule``."""

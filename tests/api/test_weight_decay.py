@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fused_clr import FusedAdam, FusedAdamW, fuse, testing, unfuse
-from fused_clr.schedules import Cosine, Cyclic, Linear, Schedule, sequence
+from fused_clr import FusedAdam, FusedAdamW, OneCycleLR, fuse, testing, unfuse
+from fused_clr.schedules import Constant, Cosine, Cyclic, Linear, Schedule, sequence
 
 CYCLE = Cyclic(1e-3, 1e-2, step_size_up=4, step_size_down=3, cycle_momentum=False)
 DECAYING = Linear(0.2, 0.05, steps=9)
@@ -90,7 +90,7 @@ def test_every_mode_is_its_formula(backend: str, mode: str, decay: Any) -> None:
 @by_mode
 def test_max_lr_can_be_given(mode: str) -> None:
     params = new_params()
-    optimizer = FusedAdamW(params, schedule=CYCLE, weight_decay=0.1, weight_decay_mode=mode, max_lr=0.05)
+    optimizer = FusedAdamW(params, schedule=CYCLE, weight_decay=0.1, weight_decay_mode=mode, weight_decay_max_lr=0.05)
     train(optimizer, params)
     assert_equal(params, oracle(mode, 0.1, max_lr=0.05))
 
@@ -239,7 +239,7 @@ def test_copies_and_checkpoints_go_on_equal(mode: str) -> None:
 
 
 def test_a_checkpoint_holds_plain_values(tmp_path: Any) -> None:
-    optimizer = FusedAdamW(new_params(), schedule=CYCLE, weight_decay_schedule=DECAYING, max_lr=0.1)
+    optimizer = FusedAdamW(new_params(), schedule=CYCLE, weight_decay_schedule=DECAYING, weight_decay_max_lr=0.1)
     torch.save(optimizer.state_dict(), tmp_path / "saved.pt")
     state = torch.load(tmp_path / "saved.pt", weights_only=True)
     assert state["param_groups"][0]["weight_decay"] == DECAYING.lr(0)
@@ -254,9 +254,9 @@ def test_a_checkpoint_holds_plain_values(tmp_path: Any) -> None:
     [
         ({"weight_decay_mode": "ratio"}, "weight_decay_mode must be one of 'lr', 'lr_ratio', 'constant', 'corrected'"),
         ({"weight_decay_mode": None}, "weight_decay_mode must be one of"),
-        ({"max_lr": -0.1}, "max_lr must be a finite number >= 0 or None, got -0.1"),
-        ({"max_lr": "0.1"}, "max_lr must be a finite number >= 0 or None, got '0.1'"),
-        ({"max_lr": float("inf")}, "max_lr must be"),
+        ({"weight_decay_max_lr": -0.1}, "weight_decay_max_lr must be a finite number >= 0 or None, got -0.1"),
+        ({"weight_decay_max_lr": "0.1"}, "weight_decay_max_lr must be a finite number >= 0 or None, got '0.1'"),
+        ({"weight_decay_max_lr": float("inf")}, "weight_decay_max_lr must be"),
         ({"weight_decay_schedule": 0.1}, "weight_decay_schedule must be a value from fused_clr.schedules or None"),
         ({"weight_decay_schedule": Cyclic(0.1, 0.2, 4)}, "weight_decay_schedule must not drive the momentum"),
         (
@@ -276,6 +276,29 @@ def test_bad_values_are_refused(given: dict[str, Any], message: str) -> None:
     assert_equal(params, oracle("lr", 0.1))
 
 
+@pytest.mark.parametrize("given", [None, 0.5])
+def test_a_one_cycle_schedule_leaves_the_groups_max_lr_alone(given: float | None) -> None:
+    """Torch's OneCycleLR keeps a ``max_lr`` of its own in the group."""
+    params = new_params()
+    optimizer = FusedAdamW(params, weight_decay=0.1, weight_decay_mode="lr_ratio", weight_decay_max_lr=given)
+    OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+    optimizer.set_schedule(Constant(0.01))
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for param, old in zip(params, before, strict=True):
+        torch.testing.assert_close(param, old * (1 - 0.01 / (given or 0.01) * 0.1), rtol=1e-14, atol=0.0)
+
+
+def test_plain_groups_of_adamw_get_the_defaults() -> None:
+    params, other = new_params(), new_params()
+    optimizer = FusedAdamW(params, weight_decay=0.1, weight_decay_mode="constant", schedule=CYCLE)
+    optimizer.param_groups = [dict(torch.optim.AdamW(other, weight_decay=0.1).param_groups[0]) | {"schedule": CYCLE}]
+    train(optimizer, other)
+    assert_equal(other, oracle("constant", 0.1))
+
+
 def test_conversion_to_torch_names_what_torch_has_not() -> None:
     cycle = Cyclic(1e-3, 1e-2, step_size_up=4)
     for given in ({"weight_decay_mode": "constant"}, {"weight_decay_schedule": DECAYING}):
@@ -283,6 +306,6 @@ def test_conversion_to_torch_names_what_torch_has_not() -> None:
         with pytest.raises(ValueError, match=f"has {next(iter(given))}=.* cannot be converted"):
             unfuse(optimizer)
     plain, scheduler = unfuse(FusedAdamW(new_params(), schedule=cycle))
-    assert not {"weight_decay_mode", "max_lr", "weight_decay_schedule"} & set(plain.param_groups[0])
+    assert not {"weight_decay_mode", "weight_decay_max_lr", "weight_decay_schedule"} & set(plain.param_groups[0])
     fused, _ = fuse(plain, scheduler)
     assert fused.param_groups[0]["weight_decay_mode"] == "lr"

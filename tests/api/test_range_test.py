@@ -127,8 +127,9 @@ def how(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("ending", ["end", "diverged", "error", "interrupt"])
-@pytest.mark.parametrize("before", [0, 6])
+@pytest.mark.parametrize(
+    ("ending", "before"), [("end", 0), ("end", 6), ("diverged", 6), ("error", 0), ("interrupt", 6)]
+)
 def test_everything_is_restored_and_training_continues(how: str, ending: str, before: int) -> None:
     """Bit for bit, and as a twin that had no range test; with grads or without, with a capture before it or in it."""
     # SGD's first update of a parameter is another one than its later ones.

@@ -18,6 +18,7 @@ import fused_clr
 from fused_clr import CyclicLR, FusedAdam
 from fused_clr.schedules import Cyclic
 from fused_clr.testing import record_launches
+from tests.cases import by_rows, in_turn
 
 CYCLE = {"base_lr": 0.1, "max_lr": 0.5, "step_size_up": 3, "mode": "triangular2"}
 # How it is set, to what, and to what afterwards.
@@ -162,15 +163,14 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_the_defaults_change_nothing(backend: str, use: Any, dtype: torch.dtype) -> None:
-    if use is recorded and backend == "cpu":
+@by_rows("use dtype", in_turn(list(USES), [torch.float32, torch.bfloat16, torch.float64]))
+def test_the_defaults_change_nothing(backend: str, use: str, dtype: torch.dtype) -> None:
+    if use == "recorded" and backend == "cpu":
         pytest.skip("the cpu backend launches nothing")
-    expected = use(dtype)
+    expected = USES[use](dtype)
     for name in DEFAULTS:
         with default(name):
-            got = use(dtype)
+            got = USES[use](dtype)
         assert_same(got, expected)
 
 

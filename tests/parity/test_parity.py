@@ -10,9 +10,8 @@ import torch
 from fused_clr._device.step_plan import LaunchConfig
 from fused_clr._device.triton import TritonEngine
 from tests.cases import (
-    CYCLES,
-    FAMILIES,
     OPTIMIZERS,
+    SCHEDULES,
     SGD,
     OptimizerCase,
     ScheduleCase,
@@ -115,10 +114,10 @@ def torch_run(
     )
 
 
-# Any two of them meet: a schedule, a dtype, an optimizer, and its flags off and on.
+# Any two of them meet: a dtype, an optimizer, and its flags off and on.
 FACTORS: list[Any] = [list(AFTER_STEPS), list(OPTIMIZERS.values()), [False, True], [False, True]]
-# The schedulers that differ in the learning rate alone meet each of the others once.
-ROWS = covering(list(CYCLES.values()), *FACTORS) + in_turn(list(FAMILIES.values()), *FACTORS)
+# Every schedule, with them in turn. Random programs and `test_state_machine` mix all of them.
+ROWS = [(schedule, *row) for schedule, row in in_turn(list(SCHEDULES.values()), covering(*FACTORS))]
 
 
 @by_rows("schedule_case dtype optimizer_case first second", ROWS)

@@ -208,4 +208,4 @@ class TritonMachine(Machine):
 TestOnCpu = Machine.TestCase
 TestOnTriton = TritonMachine.TestCase
 TestOnCpu.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
-TestOnTriton.settings = settings(max_examples=6, stateful_step_count=30, deadline=None)
+TestOnTriton.settings = settings(max_examples=4, stateful_step_count=30, deadline=None)

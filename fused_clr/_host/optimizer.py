@@ -161,9 +161,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         # By identity: == of groups would compare tensors.
         if not self._structure_changed and (len(groups) != len(known) or any(map(is_not, groups, known))):
             self._restructure()
-        if any(has_memory(record.param) for record in self._waiting):
+        if self._waiting and any(has_memory(record.param) for record in self._waiting):
             self._restructure()
-        if any(tensor._version != version for tensor, version in self._tensor_versions):
+        if self._tensor_versions and any(tensor._version != version for tensor, version in self._tensor_versions):
             self._settings_changed = True
         engines = self._engines
         if self._structure_changed:

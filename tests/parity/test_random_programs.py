@@ -287,12 +287,17 @@ def set_the_same_schedule(program: Program) -> None:
 
 
 def load(program: Program, target: Pair, optimizer_state: Any, scheduler_state: Any) -> None:
-    """Loads both, in any order; ours needs the optimizer's alone."""
+    """Loads both, in any order; ours needs the optimizer's alone.
+
+    SGD's state has no step counts. What torch trained on is then known by the learning rate, which may be the same as
+    before: the scheduler's state must be loaded last.
+    """
     loads = [
         lambda: target.optimizer.load_state_dict(optimizer_state),
         lambda: target.scheduler.load_state_dict(scheduler_state),
     ]
-    program.random.shuffle(loads)
+    if type(target.optimizer).__name__ not in ("SGD", "FusedSGD"):
+        program.random.shuffle(loads)
     for each in loads:
         each()
 

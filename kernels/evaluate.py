@@ -59,6 +59,7 @@ def evaluate(
     applied,
     ADVANCE: tl.constexpr,
     SCALARS: tl.constexpr,
+    HAS_DECAY_SCHEDULE: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -82,6 +83,7 @@ def evaluate(
         applied: int64 scalar. 1: count an update of each active tensor; 0: only the schedule advances.
         ADVANCE: True in a step: the values that were next become the applied ones. False in a reevaluation.
         SCALARS: The rule's scalars, see `step_kernel`.
+        HAS_DECAY_SCHEDULE: See `step_kernel`.
         SCALE_FNS: Tuple of ``@triton.jit`` scale functions.
         LANES: Lanes of this program.
     """
@@ -96,12 +98,13 @@ def evaluate(
 
     in_group = is_group | is_tensor
     overrun_ptr = control_ptr + OVERRUN
-    lr, momentum = schedule_at(step, group_row_ptr, in_group, settings_ptr, overrun_ptr, SCALE_FNS)
     weight_decay = tl.load(group_row_ptr + WEIGHT_DECAY)
-    if (tl.load(settings_ptr + IN_USE) & DECAY_SCHEDULES) != 0:
-        weight_decay, _ = schedule_at(
-            step, group_row_ptr + WEIGHT_DECAY, in_group, settings_ptr, overrun_ptr, SCALE_FNS
-        )
+    if HAS_DECAY_SCHEDULE:
+        if (tl.load(settings_ptr + IN_USE) & DECAY_SCHEDULES) != 0:
+            weight_decay, _ = schedule_at(
+                step, group_row_ptr + WEIGHT_DECAY, in_group, settings_ptr, overrun_ptr, SCALE_FNS
+            )
+    lr, momentum = schedule_at(step, group_row_ptr, in_group, settings_ptr, overrun_ptr, SCALE_FNS)
     live_lane_ptr = live_ptr + lane
     if ADVANCE:
         applied_lr = tl.load(live_lane_ptr + NEXT_LR * num_groups, mask=is_group)
@@ -199,6 +202,7 @@ def reevaluate_kernel(
     num_groups,
     num_tensors,
     SCALARS: tl.constexpr,
+    HAS_DECAY_SCHEDULE: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -224,6 +228,7 @@ def reevaluate_kernel(
         0,
         False,
         SCALARS,
+        HAS_DECAY_SCHEDULE,
         SCALE_FNS,
         LANES,
     )

@@ -255,6 +255,7 @@ def step_kernel(
     advance_schedule_on_skip,
     UPDATE: tl.constexpr,
     SCALARS: tl.constexpr,
+    HAS_DECAY_SCHEDULE: tl.constexpr,
     NUM_STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
@@ -294,6 +295,7 @@ def step_kernel(
         advance_schedule_on_skip: int32 scalar. 1: a skipped step also advances the schedule.
         UPDATE: The rule's element update: (param, grad, states, scalar_row_ptr) -> param, states.
         SCALARS: The rule's scalars: (lr, momentum, weight_decay, update_step, group_row_ptr) -> tuple.
+        HAS_DECAY_SCHEDULE: Whether weight decay may have a schedule of its own. Costs registers.
         NUM_STATES: State tensors of the rule.
         PARAM_DTYPE: dtype of the parameters and state tensors.
         GRAD_DTYPE: dtype of the gradients.
@@ -349,6 +351,7 @@ def step_kernel(
                     1 - skipped,
                     True,
                     SCALARS,
+                    HAS_DECAY_SCHEDULE,
                     SCALE_FNS,
                     LANES,
                 )

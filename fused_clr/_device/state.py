@@ -176,6 +176,7 @@ class DeviceState(EngineState):
                 num_groups=len(self.groups),
                 num_tensors=self._num_tensors,
                 SCALARS=self.scalars,
+                HAS_DECAY_SCHEDULE=self._rule.has_decay_schedule,
                 SCALE_FNS=self.scale_functions,
                 LANES=self._config.lanes,
             )

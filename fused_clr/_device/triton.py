@@ -182,6 +182,7 @@ class TritonEngine(Engine):
             skip_if_nonfinite=options.skip_if_nonfinite,
             UPDATE=state.update,
             SCALARS=state.scalars,
+            HAS_DECAY_SCHEDULE=self._rule.has_decay_schedule,
             WRITE_BACK_GRADS=options.write_back_grads,
             SCALE_FNS=state.scale_functions,
         )

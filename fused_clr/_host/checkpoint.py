@@ -16,7 +16,7 @@ from .._device.sharding import is_dtensor
 from .._device.tensors import has_memory
 from .._warnings import warn
 from ..schedules import Schedule
-from .hyperparameters import MAX_SCHEDULE_STEP, check_hyperparameter, check_schedule_step
+from .hyperparameters import MAX_SCHEDULE_STEP, check_has_decay_schedule, check_hyperparameter, check_schedule_step
 from .param_group import ParamGroup
 
 
@@ -156,6 +156,7 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
         if values.get("weight_decay_schedule") is not None:
             key = "weight_decay_schedule"
             values[key] = _decode(f"{name}[{key!r}]", values[key], own.weight_decay_schedule)
+            check_has_decay_schedule(rule, values)
         checked.append({key: check_hyperparameter(key, deepcopy(value), new=False) for key, value in values.items()})
         schedule = None
         if group.get("schedule") is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._checks import check_bool, check_integer, check_number, check_number_or_tensor
+from .._device.rules import UpdateRule
 from .._device.settings import Options
 from ..schedules import Schedule
 
@@ -117,6 +118,19 @@ def check_hyperparameter(name: str, value: Any, new: bool = True) -> Any:
     if name in Options._fields:
         raise ValueError(f"{name} holds for all groups: pass it to the optimizer, not in a param group")
     return value
+
+
+def check_has_decay_schedule(rule: UpdateRule, values: Mapping[str, Any]) -> None:
+    """Checks that the rule of a group with a ``weight_decay_schedule`` reads it.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if values.get("weight_decay_schedule") is not None and not rule.has_decay_schedule:
+        raise ValueError(
+            "weight_decay_schedule must be None here, since the update rule has none (FusedAdamW has), got "
+            f"{values['weight_decay_schedule']}"
+        )
 
 
 def _check_decay_schedule(schedule: Schedule) -> None:

@@ -29,6 +29,7 @@ from . import checkpoint
 from .hyperparameters import (
     MAX_SCHEDULE_STEP,
     OWN_KEYS,
+    check_has_decay_schedule,
     check_hyperparameter,
     check_max_grad_norm,
     check_options,
@@ -302,6 +303,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _make_group(self, index: int, values: dict[str, Any]) -> ParamGroup:
         """A checked group of a plain dict."""
         values = {name: check_hyperparameter(name, value) for name, value in values.items()}
+        check_has_decay_schedule(self.rule, values)
         self._check_schedules([values.get("schedule"), values.get("weight_decay_schedule")], values["params"])
         for position, param in enumerate(values["params"]):
             if has_memory(param):

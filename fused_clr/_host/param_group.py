@@ -13,7 +13,7 @@ from .._device.settings import GroupSettings
 from .._torch_internals import calling_scheduler
 from .._warnings import warn
 from ..schedules import OneCycle, Schedule
-from .hyperparameters import check_hyperparameter
+from .hyperparameters import check_has_decay_schedule, check_hyperparameter
 from .watched import WatchedDict, WatchedList
 
 
@@ -173,6 +173,7 @@ class ParamGroup(WatchedDict):
         if key == "schedule" and optimizer is not None:
             optimizer.change_schedule(self, value)
             return
+        check_has_decay_schedule(self._rule, {key: value})
         if key == "weight_decay_schedule" and optimizer is not None:
             optimizer.check_schedule(value)
         if key in self.scheduled_keys:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_clr import FusedAdam, FusedAdamW, OneCycleLR, fuse, testing, unfuse
+from fused_clr import FusedAdam, FusedAdamW, FusedSGD, OneCycleLR, fuse, testing, unfuse
 from fused_clr.schedules import Constant, Cosine, Cyclic, Linear, Schedule, sequence
 
 CYCLE = Cyclic(1e-3, 1e-2, step_size_up=4, step_size_down=3, cycle_momentum=False)
@@ -297,6 +297,20 @@ def test_plain_groups_of_adamw_get_the_defaults() -> None:
     optimizer.param_groups = [dict(torch.optim.AdamW(other, weight_decay=0.1).param_groups[0]) | {"schedule": CYCLE}]
     train(optimizer, other)
     assert_equal(other, oracle("constant", 0.1))
+
+
+def test_sgd_refuses_a_decay_schedule() -> None:
+    optimizer = FusedSGD(new_params(), lr=0.1)
+    message = r"weight_decay_schedule must be None here, .* got Linear\("
+    with pytest.raises(ValueError, match=message):
+        optimizer.param_groups[0]["weight_decay_schedule"] = DECAYING
+    with pytest.raises(ValueError, match=message):
+        FusedSGD([{"params": new_params(), "weight_decay_schedule": DECAYING}])
+    state = optimizer.state_dict()
+    state["param_groups"][0]["weight_decay_schedule"] = DECAYING.to_dict()
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert "weight_decay_schedule" not in optimizer.param_groups[0]
 
 
 def test_conversion_to_torch_names_what_torch_has_not() -> None:

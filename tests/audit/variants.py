@@ -190,6 +190,7 @@ class Kernels:
             "GRAD_DTYPE": DTYPES[variant.grad_dtype],
             "UPDATE": update,
             "SCALARS": scalars,
+            "HAS_DECAY_SCHEDULE": variant.rule == "ADAM",
             "NUM_STATES": variant.num_states,
             "CLIP_EPS": CLIP_EPS,
             "IS_LAST": variant.is_last,

@@ -102,6 +102,7 @@ ADAM = UpdateRule(
     states=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     num_states=lambda values: 3 if values["amsgrad"] else 2,
     required_states=2,
+    has_decay_schedule=True,
     saved_keys=frozenset({"betas", "eps", "weight_decay", "amsgrad"}),
     momentum_key="betas",
     momentum_index=0,

@@ -25,6 +25,7 @@ class UpdateRule(NamedTuple):
         has_step: A parameter's state has its number of updates, ``step``. Without it, updates are counted from the
             creation of the first state tensor, and checkpoints tell only whether there was one.
         saved_keys: What every version of torch's optimizer saves of a group, besides ``params`` and ``lr``.
+        has_decay_schedule: Whether a group's weight decay may have a schedule of its own.
         momentum_key: Key of the param group that holds the momentum, which schedules can cycle; empty: a rule without.
         momentum_index: Its index if that value is a tuple; None if the value is the momentum.
         usual_momenta: What a schedule that cycles the momentum overrides without a warning.
@@ -41,6 +42,7 @@ class UpdateRule(NamedTuple):
     required_states: int = 0
     has_step: bool = True
     saved_keys: frozenset[str] = frozenset()
+    has_decay_schedule: bool = False
     momentum_key: str = ""
     momentum_index: int | None = None
     usual_momenta: tuple[float, ...] = ()

@@ -1,6 +1,7 @@
 """Adam and its cyclical learning rate in one Triton kernel launch per training step."""
 
 from . import schedules, testing
+from .averaging import Averaging
 from .convert import fuse, unfuse
 from .graphs import CapturedStep, GraphedStep
 from .optim import FusedAdam, FusedAdamW, FusedSGD
@@ -19,6 +20,7 @@ from .scheduler import (
 from .telemetry import History, Live, Status
 
 __all__ = [
+    "Averaging",
     "CapturedStep",
     "ConstantLR",
     "CosineAnnealingLR",

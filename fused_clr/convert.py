@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 from typing_extensions import Unpack
 
 from ._checks import check_bool
+from ._device.moments import AVERAGE
 from ._device.rules import UpdateRule
 from ._host.hyperparameters import OWN_KEYS, check_options, check_schedule_step
 from ._host.optimizer import FusedOptimizer
@@ -119,7 +120,11 @@ def fuse(
 
 
 def unfuse(
-    optimizer: FusedOptimizer, scheduler: FusedScheduler | None = None, *, drop_clipping: bool = False
+    optimizer: FusedOptimizer,
+    scheduler: FusedScheduler | None = None,
+    *,
+    drop_clipping: bool = False,
+    drop_averages: bool = False,
 ) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
     """Converts a fused pair to a torch optimizer and scheduler that continue from it: the reverse of `fuse`.
 
@@ -133,6 +138,7 @@ def unfuse(
         optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`. Not changed.
         scheduler: Its scheduler; None if the schedules were given to the optimizer or its groups.
         drop_clipping: Leave out ``max_grad_norm``: torch's step does not clip.
+        drop_averages: Leave out the averages, which ``optimizer.averaged_state_dict()`` saves: torch's step has none.
 
     Returns:
         A `torch.optim.Adam`, AdamW or SGD, and torch's scheduler of the same schedules.
@@ -161,6 +167,12 @@ def unfuse(
         raise ValueError(
             f"max_grad_norm={optimizer.max_grad_norm} cannot be converted: torch's step does not clip. Call "
             "torch.nn.utils.clip_grad_norm_ in the loop, and pass drop_clipping=True"
+        )
+    check_bool("drop_averages", drop_averages)
+    if optimizer.averaging is not None and not drop_averages:
+        raise ValueError(
+            f"averaging={optimizer.averaging} cannot be converted: torch's step does not average. Save "
+            "optimizer.averaged_state_dict(), use torch.optim.swa_utils.AveragedModel, and pass drop_averages=True"
         )
     step = optimizer.status().schedule_step - optimizer._awaits_scheduler if scheduler is None else scheduler.last_epoch
     schedules = [group.schedule for group in optimizer.param_groups]
@@ -199,6 +211,7 @@ def unfuse(
             elif entry:
                 count = entry["step"].detach().clone()
                 plain.state[param] = {**entry, "step": count if steps_on_device else count.cpu()}
+            plain.state.get(param, {}).pop(AVERAGE, None)
     _carry_hooks(optimizer, plain)
     plain_scheduler = make_torchs(kind, plain, schedules, step)
     plain_scheduler.load_state_dict(torchs_keys(packed, plain_scheduler.state_dict()))

@@ -160,6 +160,7 @@ class GraphedStep:
             for param, grad in zip(graph.params, graph.grads, strict=True):
                 param.grad = grad
         for optimizer, captured in graph.captured:
+            optimizer.refuse_averages("a GraphedStep")
             if self._check == "always" or (self._check == "first" and (is_new or captured.parameters_changed())):
                 optimizer.check_replay(captured)
         graph.graph.replay()

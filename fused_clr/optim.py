@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from ._device.rules.adam import ADAM
 from ._device.rules.sgd import SGD
 from ._host.optimizer import FusedOptimizer
+from .averaging import Averaging
 from .schedules import Schedule
 
 
@@ -27,6 +28,8 @@ class StepOptions(TypedDict, total=False):
         advance_schedule_on_skip: A skipped step still advances the schedule, as in torch's loop. Default False.
         history_size: Steps that `FusedOptimizer.history` keeps, >= 0; each takes 64 bytes per group on the device.
             Default 256.
+        averaging: Average the parameters in the same launch; see `Averaging` and
+            `FusedOptimizer.averaged_parameters`. Default None: no averages.
     """
 
     max_grad_norm: float | None
@@ -34,6 +37,7 @@ class StepOptions(TypedDict, total=False):
     write_back_grads: bool
     advance_schedule_on_skip: bool
     history_size: int
+    averaging: Averaging | None
 
 
 class FusedAdam(FusedOptimizer):

@@ -23,6 +23,7 @@ from .layout import (
     NEXT_MOMENTUM,
     OVERRUN,
     RULE_SCALARS,
+    SCALAR_AVERAGE_WEIGHT,
     SCALAR_COLUMNS,
     SCALAR_GRAD_SIGN,
     SCHEDULE_STEP,
@@ -30,6 +31,9 @@ from .layout import (
     TENSOR_COLUMNS,
 )
 from .schedule import (
+    AVERAGE_EVERY,
+    AVERAGE_START,
+    AVERAGE_WEIGHT,
     DECAY_SCHEDULES,
     GRAD_SIGN,
     GROUP_COLUMNS,
@@ -38,6 +42,27 @@ from .schedule import (
     WEIGHT_DECAY,
     schedule_at,
 )
+
+
+@triton.jit
+def average_weight(step, ends_cycle, count, settings_ptr):
+    """The weight that the update at ``step`` has in the average of its parameter; see `fused_clr.averaging`.
+
+    Args:
+        step: int64 scalar. The schedule step.
+        ends_cycle: bool block. Whether it is the last one of a cycle.
+        count: int64 block. Averages before it.
+        settings_ptr: int64 pointer to [SETTINGS_WORDS].
+
+    Returns:
+        float64 block; 0 where the step does not average.
+    """
+    every = tl.load(settings_ptr + AVERAGE_EVERY)
+    is_due = tl.where(every > 0, (step + 1) % tl.maximum(every, 1) == 0, ends_cycle)
+    is_due = is_due & (step >= tl.load(settings_ptr + AVERAGE_START))
+    weight = tl.load((settings_ptr + AVERAGE_WEIGHT).to(tl.pointer_type(tl.float64)))
+    weight = tl.where(weight == 0.0, 1.0 / (count + 1).to(tl.float64), weight)
+    return tl.where(is_due, tl.where(count == 0, 1.0, weight), 0.0)
 
 
 @triton.jit
@@ -53,6 +78,7 @@ def evaluate(
     scalars_float64_ptr,
     update_steps_ptr,
     step_mirror_ptr,
+    average_counts_ptr,
     live_ptr,
     num_groups,
     num_tensors,
@@ -60,6 +86,7 @@ def evaluate(
     ADVANCE: tl.constexpr,
     SCALARS: tl.constexpr,
     HAS_DECAY_SCHEDULE: tl.constexpr,
+    HAS_AVERAGING: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -77,13 +104,17 @@ def evaluate(
         scalars_float64_ptr: float64 pointer, likewise.
         update_steps_ptr: int64 pointer to [num_tensors]. Number of updates of each tensor.
         step_mirror_ptr: float32 pointer to [num_tensors]. What users see as ``state[p]["step"]``; never read here.
+        average_counts_ptr: int64 pointer to [num_tensors]. How often each tensor was averaged; all tensors of a group
+            as often.
         live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
         num_groups: int32 scalar.
         num_tensors: int32 scalar.
-        applied: int64 scalar. 1: count an update of each active tensor; 0: only the schedule advances.
+        applied: int64 scalar. 1: count an update of each active tensor, and an average where it is one's turn; 0: only
+            the schedule advances.
         ADVANCE: True in a step: the values that were next become the applied ones. False in a reevaluation.
         SCALARS: The rule's scalars, see `step_kernel`.
         HAS_DECAY_SCHEDULE: See `step_kernel`.
+        HAS_AVERAGING: See `step_kernel`.
         SCALE_FNS: Tuple of ``@triton.jit`` scale functions.
         LANES: Lanes of this program.
     """
@@ -101,10 +132,10 @@ def evaluate(
     weight_decay = tl.load(group_row_ptr + WEIGHT_DECAY)
     if HAS_DECAY_SCHEDULE:
         if (tl.load(settings_ptr + IN_USE) & DECAY_SCHEDULES) != 0:
-            weight_decay, _ = schedule_at(
+            weight_decay, _, _ = schedule_at(
                 step, group_row_ptr + WEIGHT_DECAY, in_group, settings_ptr, overrun_ptr, SCALE_FNS
             )
-    lr, momentum = schedule_at(step, group_row_ptr, in_group, settings_ptr, overrun_ptr, SCALE_FNS)
+    lr, momentum, ends_cycle = schedule_at(step, group_row_ptr, in_group, settings_ptr, overrun_ptr, SCALE_FNS)
     live_lane_ptr = live_ptr + lane
     if ADVANCE:
         applied_lr = tl.load(live_lane_ptr + NEXT_LR * num_groups, mask=is_group)
@@ -123,6 +154,15 @@ def evaluate(
     scalars = SCALARS(lr, momentum, weight_decay, (update_step + 1).to(tl.float64), group_row_ptr + RULE_COLUMNS)
     tl.static_assert(len(scalars) <= SCALAR_COLUMNS - RULE_SCALARS, "a rule has too many scalars")
     row = (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
+    if HAS_AVERAGING:
+        count = tl.load(average_counts_ptr + tensor_id, mask=is_tensor, other=0)
+        if ADVANCE:
+            own_row = ((1 - slot) * num_tensors + tensor_id) * SCALAR_COLUMNS
+            own_weight = tl.load(scalars_ptr + own_row + SCALAR_AVERAGE_WEIGHT, mask=is_tensor, other=0.0)
+            count += applied * (own_weight != 0).to(tl.int64)
+            tl.store(average_counts_ptr + tensor_id, count, mask=is_tensor)
+        weight = average_weight(step, ends_cycle, count, settings_ptr)
+        store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_AVERAGE_WEIGHT, weight, is_tensor)
     grad_sign = tl.load(group_row_ptr + GRAD_SIGN)
     store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_GRAD_SIGN, grad_sign, is_tensor)
     for i in tl.static_range(len(scalars)):
@@ -198,11 +238,13 @@ def reevaluate_kernel(
     scalars_float64_ptr,
     update_steps_ptr,
     step_mirror_ptr,
+    average_counts_ptr,
     live_ptr,
     num_groups,
     num_tensors,
     SCALARS: tl.constexpr,
     HAS_DECAY_SCHEDULE: tl.constexpr,
+    HAS_AVERAGING: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -222,6 +264,7 @@ def reevaluate_kernel(
         scalars_float64_ptr,
         update_steps_ptr,
         step_mirror_ptr,
+        average_counts_ptr,
         live_ptr,
         num_groups,
         num_tensors,
@@ -229,6 +272,7 @@ def reevaluate_kernel(
         False,
         SCALARS,
         HAS_DECAY_SCHEDULE,
+        HAS_AVERAGING,
         SCALE_FNS,
         LANES,
     )

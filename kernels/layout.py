@@ -38,7 +38,9 @@ GROUP = tl.constexpr(6)
 ACTIVE = tl.constexpr(7)
 # One of the codes below.
 GRAD_DTYPE = tl.constexpr(8)
-TENSOR_COLUMNS = tl.constexpr(9)
+# The average of the parameter, in the dtype that its updates are computed in.
+AVERAGE = tl.constexpr(9)
+TENSOR_COLUMNS = tl.constexpr(10)
 
 # Codes of the gradients' dtypes. Powers of two, so that a launch's dtypes are a bit set.
 FLOAT16 = tl.constexpr(1)
@@ -46,10 +48,12 @@ BFLOAT16 = tl.constexpr(2)
 FLOAT32 = tl.constexpr(4)
 FLOAT64 = tl.constexpr(8)
 
-# Columns of the scalars, [2, num_tensors, SCALAR_COLUMNS]: the sign of the gradient, then those of the update rule.
+# Columns of the scalars, [2, num_tensors, SCALAR_COLUMNS]: the sign of the gradient, the weight of the parameter in its
+# average (0: this step does not average), then those of the update rule.
 SCALAR_GRAD_SIGN = tl.constexpr(0)
-RULE_SCALARS = tl.constexpr(1)
-SCALAR_COLUMNS = tl.constexpr(8)
+SCALAR_AVERAGE_WEIGHT = tl.constexpr(1)
+RULE_SCALARS = tl.constexpr(2)
+SCALAR_COLUMNS = tl.constexpr(16)
 
 # Rows of the live values, float64[LIVE_ROWS, num_groups]: what the last step applied, and the next one will apply.
 APPLIED_LR = tl.constexpr(0)

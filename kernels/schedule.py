@@ -59,7 +59,9 @@ LR_OFFSET = tl.constexpr(5)
 LR_SPAN = tl.constexpr(6)
 MOMENTUM_OFFSET = tl.constexpr(7)
 MOMENTUM_SPAN = tl.constexpr(8)
-SEGMENT_COLUMNS = tl.constexpr(9)
+# Integer. 1: the segment ends a fall of the learning rate, and a cycle with it.
+ENDS_CYCLE = tl.constexpr(9)
+SEGMENT_COLUMNS = tl.constexpr(10)
 
 # Words of the settings, int64[SETTINGS_WORDS], which the host writes with the tables. Addresses are in memory, not
 # arguments, so that captured launches follow a new schedule.
@@ -71,7 +73,12 @@ MAX_UNIT_SHIFT = tl.constexpr(3)
 PART_TABLE = tl.constexpr(4)
 SEGMENT_TABLE = tl.constexpr(5)
 SCALE_TABLE = tl.constexpr(6)
-SETTINGS_WORDS = tl.constexpr(7)
+# Which steps average the parameters, see `fused_clr.averaging`: the number of steps between two, 0 for one a cycle; the
+# first step; and as float64 the weight, 0 for equal weights.
+AVERAGE_EVERY = tl.constexpr(7)
+AVERAGE_START = tl.constexpr(8)
+AVERAGE_WEIGHT = tl.constexpr(9)
+SETTINGS_WORDS = tl.constexpr(10)
 
 # Bits of IN_USE; 0 if no group has a schedule. The shapes are those of `fused_clr.schedules.Shape`.
 LINEAR = tl.constexpr(1)
@@ -311,6 +318,8 @@ def scale_at(step, cycle, part_ptr, valid, scale_table_ptr, overrun_ptr, in_use,
 def schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS: tl.constexpr):
     """Learning rate and momentum of groups at schedule step ``step``, or what else has four such columns.
 
+    And whether it is the last step of a cycle.
+
     Past its end a schedule holds its last value.
 
     Args:
@@ -323,10 +332,11 @@ def schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS: tl
         SCALE_FNS: See ``scale_at``.
 
     Returns:
-        float64 block, the learning rate; float64 block, the momentum.
+        float64 block, the learning rate; float64 block, the momentum; bool block, see `Schedule.ends_cycle`.
     """
     lr = tl.load(group_ptr + LR)
     momentum = tl.load(group_ptr + MOMENTUM)
+    ends_cycle = tl.zeros(lr.shape, tl.int1)
     in_use = tl.load(settings_ptr + IN_USE)
     # No schedule at all: no division, no search.
     if in_use != 0:
@@ -360,11 +370,16 @@ def schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS: tl
         segment_ptr = integer_segment_ptr.to(tl.pointer_type(tl.float64))
         # The distance is exact, and small near the foot, where the value may be small too.
         distance = tl.abs(phase - tl.load(integer_segment_ptr + FOOT)).to(tl.float64)
-        y = distance / tl.load(integer_segment_ptr + LENGTH).to(tl.float64)
+        length = tl.load(integer_segment_ptr + LENGTH)
+        y = distance / length.to(tl.float64)
         shape = tl.load(integer_segment_ptr + SHAPE)
         height = height_at(y, shape, tl.load(segment_ptr + PARAMETER), in_use)
 
         has_schedule = num_parts > 0
+        one = tl.full(unit_shift.shape, 1, tl.int64)
+        is_last = phase + (one << unit_shift) >= tl.load(integer_segment_ptr + START) + length
+        ends_fall = tl.load(integer_segment_ptr + ENDS_CYCLE) != 0
+        ends_cycle = has_schedule & (part_step < end) & is_last & ends_fall
         scale_table_ptr = tl.load(settings_ptr + SCALE_TABLE).to(tl.pointer_type(tl.float64))
         scale = scale_at(
             part_step, cycle, part_ptr, valid & has_schedule, scale_table_ptr, overrun_ptr, in_use, SCALE_FNS
@@ -377,4 +392,4 @@ def schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS: tl
         drives_momentum = has_schedule & (tl.load(integer_part_ptr + DRIVES_MOMENTUM) != 0)
         lr = tl.where(has_schedule, scheduled_lr, lr)
         momentum = tl.where(drives_momentum, scheduled_momentum, momentum)
-    return lr, momentum
+    return lr, momentum, ends_cycle

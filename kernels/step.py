@@ -11,6 +11,7 @@ import triton.language as tl
 from .evaluate import evaluate, record_history
 from .layout import (
     APPLIED_STEPS,
+    AVERAGE,
     CHUNK_BITS,
     CHUNK_MASK,
     CLIP_COEFFICIENT,
@@ -21,6 +22,7 @@ from .layout import (
     OVERFLOW,
     PARAM,
     RULE_SCALARS,
+    SCALAR_AVERAGE_WEIGHT,
     SCALAR_COLUMNS,
     SCALAR_GRAD_SIGN,
     SCHEDULE_STEP,
@@ -50,6 +52,53 @@ def load_pointer(tensor_row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIG
 
 
 @triton.jit
+def average_elements(average_ptr, offsets, mask, param, weight):
+    """Moves an average towards the parameter. As torch's lerp, exact for a weight of 1.
+
+    Args:
+        average_ptr: float32 or float64 pointer.
+        offsets: int64 block.
+        mask: bool block or None.
+        param: block of the average's dtype.
+        weight: scalar in (0, 1], likewise.
+    """
+    average = tl.load(average_ptr + offsets, mask=mask)
+    change = param - average
+    # Scalars, not blocks, take the branch.
+    if weight < 0.5:
+        average += weight * change
+    else:
+        average = param - change * (1 - weight)
+    tl.store(average_ptr + offsets, average, mask=mask)
+
+
+@triton.jit
+def average_idle(
+    chunk,
+    slot,
+    tensor_table_ptr,
+    chunk_table_ptr,
+    scalars_ptr,
+    num_tensors,
+    PARAM_DTYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Averages a chunk of a tensor that this step does not update. Arguments as in ``update``."""
+    word = tl.load(chunk_table_ptr + chunk)
+    tensor_id = word >> CHUNK_BITS
+    weight = tl.load(scalars_ptr + (slot * num_tensors + tensor_id) * SCALAR_COLUMNS + SCALAR_AVERAGE_WEIGHT)
+    if weight != 0:
+        COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
+        tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
+        offsets = (word & CHUNK_MASK) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        mask = offsets < tl.load(tensor_row_ptr + NUMEL)
+        param_ptr = load_pointer(tensor_row_ptr, PARAM, PARAM_DTYPE, False)
+        param = tl.load(param_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
+        average_ptr = load_pointer(tensor_row_ptr, AVERAGE, COMPUTE_DTYPE, False)
+        average_elements(average_ptr, offsets, mask, param, weight)
+
+
+@triton.jit
 def update_chunk(
     tensor_row_ptr,
     offset,
@@ -62,6 +111,7 @@ def update_chunk(
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     WRITE_BACK_GRADS: tl.constexpr,
+    HAS_AVERAGING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -80,6 +130,7 @@ def update_chunk(
         PARAM_DTYPE: dtype of the parameter and its state tensors.
         GRAD_DTYPE: dtype of the gradient.
         WRITE_BACK_GRADS: Write the unscaled and clipped gradients back.
+        HAS_AVERAGING: Average the parameter if its scalars say so.
         BLOCK_SIZE: Elements of a chunk.
         ALIGNED: Promise that all addresses are multiples of 16 bytes. A false promise faults.
         MASKED: The chunk may end before BLOCK_SIZE elements.
@@ -114,6 +165,13 @@ def update_chunk(
     tl.store(param_ptr + offsets, param.to(PARAM_DTYPE), mask=mask)
     for i in tl.static_range(NUM_STATES):
         tl.store(state_ptrs[i] + offsets, states[i].to(PARAM_DTYPE), mask=mask)
+    if HAS_AVERAGING:
+        weight = tl.load(scalar_row_ptr + SCALAR_AVERAGE_WEIGHT)
+        if weight != 0:
+            average_ptr = load_pointer(tensor_row_ptr, AVERAGE, COMPUTE_DTYPE, ALIGNED)
+            # What was stored, and not what it was rounded from.
+            stored = param.to(PARAM_DTYPE).to(COMPUTE_DTYPE)
+            average_elements(average_ptr, offsets, mask, stored, weight)
 
 
 @triton.jit
@@ -131,6 +189,7 @@ def update(
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     WRITE_BACK_GRADS: tl.constexpr,
+    HAS_AVERAGING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Looks up a chunk and updates it with the fastest accesses that are safe for it.
@@ -149,6 +208,7 @@ def update(
         PARAM_DTYPE: dtype of the parameter and its state tensors.
         GRAD_DTYPE: dtype of the gradient.
         WRITE_BACK_GRADS: Write the unscaled and clipped gradients back.
+        HAS_AVERAGING: See ``update_chunk``.
         BLOCK_SIZE: Elements of a chunk.
     """
     word = tl.load(chunk_table_ptr + chunk)
@@ -161,6 +221,8 @@ def update(
     addresses = tl.load(tensor_row_ptr + PARAM) | tl.load(tensor_row_ptr + GRAD)
     for i in tl.static_range(NUM_STATES):
         addresses |= tl.load(tensor_row_ptr + STATES + i)
+    if HAS_AVERAGING:
+        addresses |= tl.load(tensor_row_ptr + AVERAGE)
     aligned = (addresses & 15) == 0
 
     # A mask, even if all true, would prevent 128-bit accesses: branch once per chunk instead.
@@ -177,6 +239,7 @@ def update(
             PARAM_DTYPE,
             GRAD_DTYPE,
             WRITE_BACK_GRADS,
+            HAS_AVERAGING,
             BLOCK_SIZE,
             ALIGNED=False,
             MASKED=True,
@@ -194,6 +257,7 @@ def update(
             PARAM_DTYPE,
             GRAD_DTYPE,
             WRITE_BACK_GRADS,
+            HAS_AVERAGING,
             BLOCK_SIZE,
             ALIGNED=True,
             MASKED=False,
@@ -211,6 +275,7 @@ def update(
             PARAM_DTYPE,
             GRAD_DTYPE,
             WRITE_BACK_GRADS,
+            HAS_AVERAGING,
             BLOCK_SIZE,
             ALIGNED=False,
             MASKED=False,
@@ -223,6 +288,7 @@ def update(
         "num_tensors",
         "num_evaluators",
         "num_chunks",
+        "num_idle_chunks",
         "history_rows",
         "generation",
         "counts",
@@ -243,12 +309,14 @@ def step_kernel(
     scalars_float64_ptr,
     update_steps_ptr,
     step_mirror_ptr,
+    average_counts_ptr,
     grad_scale_ptr,
     found_inf_ptr,
     num_groups,
     num_tensors,
     num_evaluators,
     num_chunks,
+    num_idle_chunks,
     history_rows,
     generation,
     counts,
@@ -256,6 +324,7 @@ def step_kernel(
     UPDATE: tl.constexpr,
     SCALARS: tl.constexpr,
     HAS_DECAY_SCHEDULE: tl.constexpr,
+    HAS_AVERAGING: tl.constexpr,
     NUM_STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
@@ -278,17 +347,19 @@ def step_kernel(
         settings_ptr: int64 pointer to [SETTINGS_WORDS].
         group_table_ptr: float64 pointer to [num_groups, GROUP_COLUMNS].
         tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
-        chunk_table_ptr: int64 pointer to [num_chunks]. Chunks of this launch's dtype combination.
+        chunk_table_ptr: int64 pointer to [num_chunks + num_idle_chunks]. Chunks of this launch's dtype combination.
         scalars_ptr: float32 pointer to [2, num_tensors, SCALAR_COLUMNS].
         scalars_float64_ptr: float64 pointer, likewise.
         update_steps_ptr: int64 pointer to [num_tensors].
         step_mirror_ptr: float32 pointer to [num_tensors].
+        average_counts_ptr: int64 pointer to [num_tensors]. Read and written with HAS_AVERAGING only.
         grad_scale_ptr: float32 pointer to [1]. Loss scale that gradients are divided by.
         found_inf_ptr: float32 pointer to [1]. Not 0: skip this step. It is a sum over devices, so it may be 2.
         num_groups: int32 scalar.
         num_tensors: int32 scalar.
         num_evaluators: int32 scalar. 0 unless IS_LAST.
         num_chunks: int32 scalar.
+        num_idle_chunks: int32 scalar. Chunks of tensors without a gradient, which are only averaged.
         history_rows: int32 scalar. 0: keep no history.
         generation: int32 scalar. That of the control block when this launch was made. If they differ, it does nothing.
         counts: int32 scalar. 1: count this step and record it in the history; 0: only advance the schedule.
@@ -296,6 +367,7 @@ def step_kernel(
         UPDATE: The rule's element update: (param, grad, states, scalar_row_ptr) -> param, states.
         SCALARS: The rule's scalars: (lr, momentum, weight_decay, update_step, group_row_ptr) -> tuple.
         HAS_DECAY_SCHEDULE: Whether weight decay may have a schedule of its own. Costs registers.
+        HAS_AVERAGING: Whether steps average the parameters.
         NUM_STATES: State tensors of the rule.
         PARAM_DTYPE: dtype of the parameters and state tensors.
         GRAD_DTYPE: dtype of the gradients.
@@ -345,13 +417,15 @@ def step_kernel(
                     scalars_float64_ptr,
                     update_steps_ptr,
                     step_mirror_ptr,
+                    average_counts_ptr,
                     live_ptr,
                     num_groups,
                     num_tensors,
-                    1 - skipped,
+                    counts * (1 - skipped),
                     True,
                     SCALARS,
                     HAS_DECAY_SCHEDULE,
+                    HAS_AVERAGING,
                     SCALE_FNS,
                     LANES,
                 )
@@ -375,8 +449,23 @@ def step_kernel(
                         PARAM_DTYPE,
                         GRAD_DTYPE,
                         WRITE_BACK_GRADS,
+                        HAS_AVERAGING,
                         BLOCK_SIZE,
                     )
+                if HAS_AVERAGING:
+                    if counts != 0:
+                        end = num_chunks + num_idle_chunks
+                        for chunk in range(num_chunks + program_id - num_evaluators, end, num_updaters):
+                            average_idle(
+                                chunk,
+                                slot,
+                                tensor_table_ptr,
+                                chunk_table_ptr,
+                                own_scalars_ptr,
+                                num_tensors,
+                                PARAM_DTYPE,
+                                BLOCK_SIZE,
+                            )
         if IS_LAST:
             # Triton puts no barrier before a scalar atomic: without this one, a warp could count its program as done
             # before another warp has read the schedule step.

@@ -25,12 +25,13 @@ class DtypeCombination(NamedTuple):
 
 
 class ChunkRange(NamedTuple):
-    """The chunks of one launch: a range of the chunk table."""
+    """The chunks of one launch: a range of the chunk table. Those of idle tensors, which are averaged, come last."""
 
     combination: DtypeCombination
     first: int
     num_chunks: int
     block_size: int
+    num_idle_chunks: int = 0
 
 
 class NormChunks(NamedTuple):
@@ -69,6 +70,7 @@ def cut_into_chunks(
     idle_states: int,
     block_size: int,
     measured: Collection[int] | None = None,
+    idle: Collection[int] = (),
 ) -> Chunks:
     """Sorts the tensors that have gradients into launches and cuts them into chunks.
 
@@ -79,6 +81,7 @@ def cut_into_chunks(
         idle_states: How many a launch is compiled for that updates nothing.
         block_size: Elements of a chunk of 32-bit or smaller parameters (see `block_size_of`), and of all norm chunks.
         measured: The tensors whose gradients the norm launch covers; None for no norm launch.
+        idle: Tensors without a gradient that are averaged.
 
     Returns:
         The chunks. They hold no tensor and no address.
@@ -88,14 +91,25 @@ def cut_into_chunks(
         if grad is not None and grad.numel():
             dtypes = real_dtype(params[index].dtype), real_dtype(grad.dtype)
             combinations.setdefault(DtypeCombination(*dtypes, num_states[index]), []).append(index)
+    idle_by_dtype: dict[torch.dtype, list[int]] = {}
+    for index in idle:
+        idle_by_dtype.setdefault(real_dtype(params[index].dtype), []).append(index)
+    for dtype in idle_by_dtype:
+        if not any(combination.param_dtype == dtype for combination in combinations):
+            combinations[DtypeCombination(dtype, dtype, idle_states)] = []
 
     tables, launches, first = [], [], 0
     for combination, indices in combinations.items():
         own_block_size = block_size_of(combination.param_dtype, block_size)
-        words = chunk_words(indices, [real_numel(params[index]) for index in indices], own_block_size)
-        tables.append(words)
-        launches.append(ChunkRange(combination, first, len(words), own_block_size))
-        first += len(words)
+        # Any launch of their dtype can average them.
+        idle_indices = idle_by_dtype.pop(combination.param_dtype, [])
+        own, others = (
+            chunk_words(part, [real_numel(params[index]) for index in part], own_block_size)
+            for part in (indices, idle_indices)
+        )
+        tables += [own, others]
+        launches.append(ChunkRange(combination, first, len(own), own_block_size, len(others)))
+        first += len(own) + len(others)
     if not launches:
         # A launch without chunks still advances the schedule.
         launches = [ChunkRange(DtypeCombination(torch.float32, torch.float32, idle_states), 0, 0, block_size)]
@@ -109,7 +123,7 @@ def cut_into_chunks(
             sum(map(len, tables)),
             len(words),
             block_size,
-            frozenset(combination.grad_dtype for combination in combinations),
+            frozenset(combination.grad_dtype for combination, indices in combinations.items() if indices),
         )
         tables.append(words)
     return Chunks(np.concatenate(tables), launches, norm)

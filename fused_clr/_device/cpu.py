@@ -96,6 +96,8 @@ class CpuPlan:
     batches: list[Batch]
     # None if all of the engine's tensors are updated: one call then counts all of them.
     steps: list[Tensor] | None
+    # Parameters and their averages, by group.
+    averages: dict[int, tuple[list[Tensor], list[Tensor]]]
 
 
 class CpuEngine(Engine):
@@ -115,7 +117,9 @@ class CpuEngine(Engine):
         self.device = device
         self.parameters = Parameters(device, records)
         self.state: CpuState = CpuState(groups, options, schedule_step, update_steps)
-        self.moments = Moments(self.parameters, state, rule, groups, self.state.step_mirror)
+        self.moments = Moments(
+            self.parameters, state, rule, groups, self.state.step_mirror, options.averaging is not None
+        )
         self._options = options
         self._rule = rule
         self._plans: PlanCache[CpuPlan] = PlanCache()
@@ -150,10 +154,9 @@ class CpuEngine(Engine):
         """Checks parameters, gradients and state, creates missing state, and sorts the tensors into batches."""
         self.parameters.check(grads, self._options.write_back_grads)
         active = [index for index, grad in enumerate(grads) if grad is not None]
-        for index in active:
-            self.moments.check(index)
+        idle = self.moments.check_all(active)
         self.state.restart_steps(self.moments.uncounted(active))
-        if self.moments.create_all(active):
+        if self.moments.create_all(active + idle):
             # Other plans hold the state tensors that were replaced.
             self._plans.clear()
         batches: dict[Any, list[int]] = {}
@@ -164,12 +167,22 @@ class CpuEngine(Engine):
                 converts = grad.dtype != param.dtype or not same_layout(grad, param) or not is_resolved(grad)
                 group_index = self.parameters.records[index].group_index
                 batches.setdefault((group_index, param.dtype, grad.dtype, converts), []).append(index)
+        averages: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        for index in active + idle:
+            average = self.moments.average(index)
+            if average is not None:
+                group_index = self.parameters.records[index].group_index
+                for own, tensor in zip(
+                    averages.setdefault(group_index, ([], [])), (self.parameters.tensors[index], average), strict=True
+                ):
+                    own.append(tensor)
         mirror = self.state.step_mirror
         plan = CpuPlan(
             [self._batch(indices, *key) for key, indices in batches.items()],
             None if len(active) == len(self.parameters) else [mirror[index] for index in active],
+            averages,
         )
-        return plan, [self.parameters.tensors[index] for index in active]
+        return plan, [self.parameters.tensors[index] for index in active + idle]
 
     def _batch(
         self, indices: list[int], group_index: int, dtype: torch.dtype, grad_dtype: torch.dtype, converts: bool
@@ -259,7 +272,15 @@ class CpuEngine(Engine):
                     state.weight_decay[index],
                     kernel_scale,
                 )
+            if self._options.averaging is not None:
+                self._average(plan.averages)
         state.finish_step(scale, skipped, ticks=not skipped or self._options.advance_schedule_on_skip)
+
+    def _average(self, averages: dict[int, tuple[list[Tensor], list[Tensor]]]) -> None:
+        for index, weight in enumerate(self.state.count_averages()):
+            if weight and index in averages:
+                params, own = averages[index]
+                torch._foreach_lerp_(own, [param.to(a.dtype) for param, a in zip(params, own, strict=True)], weight)
 
     def tick(self) -> None:
         """See `Engine.tick`."""

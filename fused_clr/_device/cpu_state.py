@@ -50,6 +50,7 @@ class CpuState(EngineState):
         self.clip_coefficient, self.overflow = 1.0, False
         # Schedule step, next, norm, clip coefficient, loss scale, skipped.
         self._history: deque[tuple[Any, ...]] = deque(maxlen=options.history_size)
+        self._averaging, self._average_counts = options.averaging, [0] * len(groups)
         self.host_step = schedule_step
         self.next: list[tuple[float, float]] = [(math.nan, math.nan)] * len(groups)
         self.set_groups(groups)
@@ -157,6 +158,25 @@ class CpuState(EngineState):
         """See `EngineState.set_update_steps`."""
         self.step_mirror.copy_(torch.tensor(list(steps), dtype=torch.float32, device="cpu"))
 
+    def get_average_counts(self) -> list[int]:
+        """See `EngineState.get_average_counts`."""
+        return list(self._average_counts)
+
+    def set_average_counts(self, counts: Sequence[int]) -> None:
+        """See `EngineState.set_average_counts`."""
+        self._average_counts = list(counts)
+
+    def count_averages(self) -> list[float]:
+        """Counts the averages of this step. Returns each group's weight, 0 where there is none."""
+        assert self._averaging is not None
+        weights = [0.0] * len(self.groups)
+        for index, group in enumerate(self.groups):
+            ends_cycle = group.schedule is not None and group.schedule.timeline.ends_cycle(self.host_step)
+            if self._averaging.is_due(self.host_step, ends_cycle):
+                weights[index] = self._averaging.weight(self._average_counts[index])
+                self._average_counts[index] += 1
+        return weights
+
     def set_counts(self, applied_steps: int, skipped_steps: int) -> None:
         """See `EngineState.set_counts`."""
         self._counts[:2] = applied_steps, skipped_steps
@@ -186,7 +206,8 @@ class CpuState(EngineState):
             stale_replay=False,
         )
         lrs, momenta = np.array(self._applied, np.float64).reshape(-1, 2).T
-        return Snapshot(status, lrs, momenta, self.step_mirror.numpy().astype(np.int64))
+        update_steps = self.step_mirror.numpy().astype(np.int64)
+        return Snapshot(status, lrs, momenta, update_steps, self.get_average_counts())
 
     def read_history(self, count: int) -> History:
         """See `EngineState.read_history`."""

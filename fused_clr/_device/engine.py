@@ -30,12 +30,14 @@ class Snapshot(NamedTuple):
         applied_lr: float64[num_groups], the learning rates that the last step applied.
         applied_momentum: float64[num_groups], likewise.
         update_steps: int64[num_tensors], number of updates of each parameter.
+        average_counts: How often the parameters of each group were averaged.
     """
 
     status: Status
     applied_lr: NDArray[np.float64]
     applied_momentum: NDArray[np.float64]
     update_steps: NDArray[np.int64]
+    average_counts: Sequence[int]
 
 
 class EngineState(ABC):
@@ -79,6 +81,14 @@ class EngineState(ABC):
         steps = self.get_update_steps() if indices else []
         if any(steps[index] for index in indices):
             self.set_update_steps([0 if index in indices else step for index, step in enumerate(steps)])
+
+    @abstractmethod
+    def get_average_counts(self) -> list[int]:
+        """Reads how often the parameters of each group were averaged; 0 for a group without any on this device."""
+
+    @abstractmethod
+    def set_average_counts(self, counts: Sequence[int]) -> None:
+        """Sets how often the parameters of each group were averaged, in place."""
 
     @abstractmethod
     def set_counts(self, applied_steps: int, skipped_steps: int) -> None:

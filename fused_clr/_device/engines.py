@@ -59,6 +59,7 @@ class Engines:
         schedule_step: The schedule step to start from.
         update_steps: Number of updates so far, by parameter; for other parameters, ``state[p]["step"]``.
         counts: Steps applied and skipped so far.
+        average_counts: How often each parameter was averaged so far.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Engines:
         schedule_step: int = 0,
         update_steps: Mapping[Tensor, int] | None = None,
         counts: tuple[int, int] = (0, 0),
+        average_counts: Mapping[Tensor, int] | None = None,
     ) -> None:
         self._rule = rule
         self.options = options
         self._schedule_step = schedule_step
         self._update_steps = dict(update_steps or {})
         self._counts = counts
+        self._average_counts = dict(average_counts or {})
         self._engines: list[Engine] = []
         self.captures: list[CapturedStep] = []
         self._pending: StatusCopy | None = None
@@ -131,6 +134,7 @@ class Engines:
             self._schedule_step = snapshot.status.schedule_step
             self._counts = snapshot.status.applied_steps, snapshot.status.skipped_steps
             self._update_steps.update(self.update_steps())
+            self._average_counts.update(self.average_counts_by_parameter())
 
         def update_step(param: Tensor) -> int:
             written = self._rule.saved_step(state.get(param))
@@ -154,12 +158,20 @@ class Engines:
             )
             for device, own in records.items()
         ]
+        average_counts = [0] * len(groups)
+        for own in records.values():
+            for record in own:
+                # A parameter that joins a group is averaged with the others from now on.
+                count = self._average_counts.get(record.param, 0)
+                average_counts[record.group_index] = max(average_counts[record.group_index], count)
         for engine in engines:
             engine.state.set_counts(*self._counts)
+            if self.options.averaging is not None:
+                engine.state.set_average_counts(average_counts)
             if is_ahead:
                 engine.state.set_schedule_step(self._schedule_step, is_ahead)
         # From now on the engines count; what is kept here would keep removed parameters alive.
-        self._update_steps = {}
+        self._update_steps, self._average_counts = {}, {}
         # Captured steps keep the memory of their old engines alive.
         self.retire()
         self._engines = engines
@@ -285,6 +297,25 @@ class Engines:
             record.param: step
             for engine in self._engines
             for record, step in zip(engine.parameters.records, engine.state.get_update_steps(), strict=True)
+        }
+
+    def average_counts(self) -> list[int]:
+        """How often the parameters of each group were averaged. Waits for the devices."""
+        each = [engine.state.get_average_counts() for engine in self._engines]
+        return [max(counts) for counts in zip(*each, strict=True)]
+
+    def set_average_counts(self, counts: Sequence[int]) -> None:
+        """Sets how often the parameters of each group were averaged, in place."""
+        for engine in self._engines:
+            engine.state.set_average_counts(counts)
+
+    def average_counts_by_parameter(self) -> dict[Tensor, int]:
+        """How often each parameter was averaged. Waits for the devices."""
+        if self.options.averaging is None:
+            return {}
+        counts = self.average_counts()
+        return {
+            record.param: counts[record.group_index] for engine in self._engines for record in engine.parameters.records
         }
 
     def status(self, wait: bool) -> Status | None:

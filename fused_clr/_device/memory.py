@@ -9,17 +9,19 @@ from torch import Tensor
 
 from ..kernels import layout
 from ..kernels.schedule import GROUP_COLUMNS, SETTINGS_WORDS
+from .settings import Options
 
 
 class DeviceMemory:
     """The tables and words of one engine.
 
     Attributes:
-        words: int64[n]. The next four, one after another, so that one copy reads all of them.
+        words: int64[n]. The next five, one after another, so that one copy reads all of them.
         control: int64[CONTROL_WORDS].
         norm: float64[NORM_WORDS].
         live: float64[LIVE_ROWS, num_groups].
         update_steps: int64[num_tensors]. Number of updates of each tensor.
+        average_counts: int64[num_tensors]. How often each was averaged; ``update_steps`` itself if none ever is.
         history: float64[history_size, num_groups, HISTORY_COLUMNS].
         tables: int64[n]. The next two, one after another, so that one copy writes both.
         settings: int64[SETTINGS_WORDS]. What all groups' schedules have in common.
@@ -35,10 +37,10 @@ class DeviceMemory:
         step_mirror: On the device of everything else.
         num_groups: Param groups of the optimizer.
         max_updaters: The largest number of updaters of a launch.
-        history_size: Rows of the history.
+        options: Options for all groups.
     """
 
-    def __init__(self, step_mirror: Tensor, num_groups: int, max_updaters: int, history_size: int) -> None:
+    def __init__(self, step_mirror: Tensor, num_groups: int, max_updaters: int, options: Options) -> None:
         device, num_tensors = step_mirror.device, len(step_mirror)
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -49,15 +51,18 @@ class DeviceMemory:
             layout.NORM_WORDS.value,
             layout.LIVE_ROWS.value * num_groups,
             num_tensors,
+            num_tensors if options.averaging else 0,
         )
         self.words = zeros(torch.int64, sum(self.sizes))
-        self.control, norm, live, self.update_steps = self.words.split(self.sizes)
+        self.control, norm, live, self.update_steps, counts = self.words.split(self.sizes)
+        # An argument needs an address.
+        self.average_counts = counts if options.averaging else self.update_steps
         self.norm = norm.view(torch.float64)
         self.live = live.view(torch.float64).view(layout.LIVE_ROWS.value, num_groups)
         # Without clipping no kernel writes these.
         self.norm[layout.GRAD_NORM.value].fill_(math.nan)
         self.norm[layout.CLIP_COEFFICIENT.value].fill_(1.0)
-        self.history = zeros(torch.float64, max(history_size, 1), num_groups, layout.HISTORY_COLUMNS.value)
+        self.history = zeros(torch.float64, max(options.history_size, 1), num_groups, layout.HISTORY_COLUMNS.value)
         self.tables = zeros(torch.int64, SETTINGS_WORDS.value + num_groups * GROUP_COLUMNS.value)
         self.settings = self.tables[: SETTINGS_WORDS.value]
         groups = self.tables[SETTINGS_WORDS.value :].view(torch.float64)
@@ -79,6 +84,7 @@ class DeviceMemory:
             "scalars_float64_ptr": self.scalars_float64,
             "update_steps_ptr": self.update_steps,
             "step_mirror_ptr": self.step_mirror,
+            "average_counts_ptr": self.average_counts,
         }
 
     def step_arguments(self) -> dict[str, Tensor]:

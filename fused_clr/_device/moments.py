@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -14,7 +14,10 @@ from .parameters import Parameters
 from .rules import UpdateRule
 from .settings import GroupSettings, TensorRecord
 from .sharding import local_tensor, placement_of, sharded_like
-from .tensors import same_layout
+from .tensors import average_dtype, same_layout
+
+# The key of a parameter's average in its state.
+AVERAGE = "average"
 
 
 class Moments:
@@ -29,6 +32,7 @@ class Moments:
         rule: Names the state tensors.
         groups: Settings of all groups.
         step_mirror: float32[num_tensors]: what ``state[p]["step"]`` are views of.
+        has_averages: Each parameter's state has its average too.
     """
 
     def __init__(
@@ -38,7 +42,9 @@ class Moments:
         rule: UpdateRule,
         groups: Sequence[GroupSettings],
         step_mirror: Tensor,
+        has_averages: bool,
     ) -> None:
+        self._own_keys = (AVERAGE,) if has_averages else ()
         self._parameters = parameters
         self._state = state
         self._rule = rule
@@ -58,10 +64,19 @@ class Moments:
         """Keys of a parameter's state tensors."""
         return self.keys_by_group[self._parameters.records[index].group_index]
 
+    def all_keys(self, index: int) -> tuple[str, ...]:
+        """Those, and the average's."""
+        return self.keys(index) + self._own_keys
+
     def of(self, index: int) -> list[Tensor]:
         """A parameter's state tensors, in the order of the rule; of a sharded one, the shards in this process."""
         entry, keys = self._state.get(self._record(index).param), self.keys(index)
         return [local_tensor(entry[key]) for key in keys] if entry else []
+
+    def average(self, index: int) -> Tensor | None:
+        """A parameter's average; None if it has none yet."""
+        entry = self._state.get(self._record(index).param) or {}
+        return local_tensor(entry[AVERAGE]) if self._own_keys and AVERAGE in entry else None
 
     def named(self, index: int) -> list[tuple[str, Tensor]]:
         """A parameter's state tensors, each with its name in messages.
@@ -71,10 +86,10 @@ class Moments:
         """
         record = self._parameters.records[index]
         entry = self._state.get(record.param) or {}
-        for key in self.keys(index):
+        for key in self.all_keys(index):
             if key not in entry:
                 raise RuntimeError(f"state[{key!r}] of {record.name} was removed since the capture")
-        return [(f"state[{key!r}] of {record.name}", local_tensor(entry[key])) for key in self.keys(index)]
+        return [(f"state[{key!r}] of {record.name}", local_tensor(entry[key])) for key in self.all_keys(index)]
 
     def entry(self, index: int) -> dict[str, Any]:
         """A copy of a parameter's dict, to keep its tensors alive."""
@@ -82,12 +97,30 @@ class Moments:
 
     def missing(self, indices: Iterable[int]) -> list[int]:
         """The parameters that lack a state tensor."""
+        return self._lacking(indices, self.all_keys)
+
+    def _lacking(self, indices: Iterable[int], keys: Callable[[int], tuple[str, ...]]) -> list[int]:
         entries = ((i, self._state.get(self._record(i).param) or {}) for i in indices)
-        return [i for i, entry in entries if any(entry.get(key) is None for key in self.keys(i))]
+        return [i for i, entry in entries if any(entry.get(key) is None for key in keys(i))]
 
     def uncounted(self, indices: Iterable[int]) -> list[int]:
         """The parameters of them whose updates count from now on: they get their first state tensor."""
-        return [] if self._rule.has_step else self.missing(indices)
+        return [] if self._rule.has_step else self._lacking(indices, self.keys)
+
+    def check_all(self, active: Iterable[int]) -> list[int]:
+        """Checks the state tensors that a step uses; see `check`.
+
+        Args:
+            active: The parameters that it updates.
+
+        Returns:
+            The other parameters that have an average, which the step may average.
+        """
+        others = sorted(set(range(len(self._parameters))) - set(active)) if self._own_keys else []
+        idle = [index for index in others if self.average(index) is not None]
+        for index in (*active, *idle):
+            self.check(index)
+        return idle
 
     def check(self, index: int) -> None:
         """Checks state tensors that a user may have put in place.
@@ -97,7 +130,7 @@ class Moments:
         """
         record = self._record(index)
         entry = self._state.get(record.param) or {}
-        for key in self.keys(index):
+        for key in self.all_keys(index):
             value = entry.get(key)
             if value is not None and getattr(value, "shape", None) != record.param.shape:
                 raise ValueError(
@@ -119,26 +152,27 @@ class Moments:
         """Creates the state tensors that a parameter lacks; gives the others its dtype, device and layout.
 
         Returns:
-            Whether an existing one was replaced.
+            Whether plans do not have the present tensors: one was replaced, or there is a new average.
         """
         replaced = False
         param = self._record(index).param
-        if not (self._rule.has_step or self.keys(index)):
+        if not (self._rule.has_step or self.all_keys(index)):
             return False
         entry, local = self._state[param], self._parameters.tensors[index]
         # `dict.__setitem__` does not report the write: it is the engine's own.
         if self._rule.has_step and "step" not in entry:
             dict.__setitem__(entry, "step", self._steps[index])
-        for key in self.keys(index):
+        for key in self.all_keys(index):
             value = entry.get(key)
+            dtype = average_dtype(param.dtype) if key == AVERAGE else param.dtype
             if value is None:
-                value = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
-            elif (
-                value.dtype != param.dtype
-                or value.device != param.device
-                or not same_layout(local_tensor(value), local)
-            ):
-                value = torch.empty_like(param, requires_grad=False).copy_(value)
+                value = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+                if key == AVERAGE:
+                    # As if it had always been averaged: it did not change before.
+                    value.copy_(param)
+                    replaced = True
+            elif value.dtype != dtype or value.device != param.device or not same_layout(local_tensor(value), local):
+                value = torch.empty_like(param, dtype=dtype, requires_grad=False).copy_(value)
                 replaced = True
             dict.__setitem__(entry, key, value)
         return replaced
@@ -147,12 +181,17 @@ class Moments:
         """Makes a parameter's entry equal to a checked saved one: state tensors in use in place, the rest as copies."""
         self.create(index)
         param = self._record(index).param
-        own, used = self._state[param], self.keys(index)
+        own, used = self._state[param], self.all_keys(index)
         for key in set(own) - {"step", *used, *saved}:
             dict.__delitem__(own, key)
         for key in used:
             value = saved.get(key)
-            own[key].zero_() if value is None else own[key].copy_(sharded_like(value, param))
+            if value is not None:
+                own[key].copy_(sharded_like(value, param))
+            elif key == AVERAGE:
+                own[key].copy_(param)
+            else:
+                own[key].zero_()
         for key in [key for key in saved if key not in ("step", *used)]:
             value = deepcopy(saved[key])
             if isinstance(value, Tensor):

@@ -94,7 +94,8 @@ class _Writer:
         first_part = len(self.parts)
         for index, (part, bounds) in enumerate(zip(timeline.parts, timeline.bounds, strict=True)):
             self.parts.append(self._part_row(part, bounds[0]) | self._scaling_columns(timeline, index))
-            self.segments += map(self._segment_row, (0, *part.boundaries), part.segments, bounds)
+            falls = timeline.falls[index]
+            self.segments += map(self._segment_row, (0, *part.boundaries), part.segments, bounds, falls)
         return first_part, len(self.parts) - first_part
 
     def _part_row(self, part: TimedPart, bounds: Bounds) -> Row:
@@ -137,7 +138,7 @@ class _Writer:
             columns.TABLE_LENGTH: len(table),
         }
 
-    def _segment_row(self, start: int, segment: TimedSegment, bounds: Bounds) -> Row:
+    def _segment_row(self, start: int, segment: TimedSegment, bounds: Bounds, falls: bool) -> Row:
         self.in_use |= segment.shape
         to_log2 = 1.0 / math.log(2.0) if segment.shape == Shape.EXPONENTIAL else 1.0
         return {
@@ -150,6 +151,7 @@ class _Writer:
             columns.LR_SPAN: bounds.lr_span,
             columns.MOMENTUM_OFFSET: bounds.momentum_offset or 0.0,
             columns.MOMENTUM_SPAN: bounds.momentum_span or 0.0,
+            columns.ENDS_CYCLE: int(falls),
         }
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..averaging import Averaging
 from ..schedules import Schedule
 
 
@@ -67,3 +68,4 @@ class Options(NamedTuple):
     write_back_grads: bool = False
     advance_schedule_on_skip: bool = False
     history_size: int = 256
+    averaging: Averaging | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels import layout
@@ -67,14 +68,14 @@ class DeviceState(EngineState):
             )
         if len(rule.states) > layout.MAX_STATES.value:
             raise ValueError(f"an update rule must have at most {layout.MAX_STATES.value} states, got {rule.states}")
-        self._rule, self._config = rule, config
+        self._rule, self._config, self._averaging = rule, config, options.averaging
         self.update, self.scalars = rule.kernels()
         multiprocessors = 2
         if device.type == "cuda":
             multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         max_updaters = multiprocessors * config.programs_per_multiprocessor
         self.step_mirror = torch.tensor(list(update_steps), dtype=torch.float32, device=device)
-        self.memory = memory = DeviceMemory(self.step_mirror, len(groups), max_updaters, options.history_size)
+        self.memory = memory = DeviceMemory(self.step_mirror, len(groups), max_updaters, options)
         # From the integers: float32 cannot represent every step beyond 2**24.
         upload(np.array(update_steps, np.int64), device, out=memory.update_steps)
         memory.control[layout.SCHEDULE_STEP.value].fill_(schedule_step)
@@ -143,6 +144,11 @@ class DeviceState(EngineState):
             (columns.SCALE_TABLE, address + parts.nbytes + segments.nbytes),
         ):
             settings[word.value] = value
+        if self._averaging is not None:
+            every, decay = self._averaging.every, self._averaging.decay
+            settings[columns.AVERAGE_EVERY.value] = 0 if every == "cycle" else every
+            settings[columns.AVERAGE_START.value] = self._averaging.start
+            settings.view(np.float64)[columns.AVERAGE_WEIGHT.value] = 0.0 if decay is None else 1.0 - decay
         upload(np.concatenate([settings, table.rows.view(np.int64).ravel()]), self.device, out=self.memory.tables)
         self.tensor_lrs = [(i, group.tensor_lr) for i, group in enumerate(groups) if group.tensor_lr is not None]
         if recompile:
@@ -177,6 +183,7 @@ class DeviceState(EngineState):
                 num_tensors=self._num_tensors,
                 SCALARS=self.scalars,
                 HAS_DECAY_SCHEDULE=self._rule.has_decay_schedule,
+                HAS_AVERAGING=self._averaging is not None,
                 SCALE_FNS=self.scale_functions,
                 LANES=self._config.lanes,
             )
@@ -271,6 +278,23 @@ class DeviceState(EngineState):
         self._mirror_version = self.step_mirror._version
         self.reevaluate()
 
+    def get_average_counts(self) -> list[int]:
+        """See `EngineState.get_average_counts`."""
+        return self._by_group(self.memory.average_counts.cpu().numpy())
+
+    def _by_group(self, counts: NDArray[np.int64]) -> list[int]:
+        by_group = [0] * len(self.groups)
+        for group_index, count in zip(self.idle_rows[:, layout.GROUP.value].tolist(), counts.tolist(), strict=False):
+            by_group[group_index] = count
+        return by_group
+
+    def set_average_counts(self, counts: Sequence[int]) -> None:
+        """See `EngineState.set_average_counts`."""
+        self.refuse_capture("averages were loaded")
+        groups = self.idle_rows[: self._num_tensors, layout.GROUP.value]
+        upload(np.array(counts, np.int64)[groups], self.device, out=self.memory.average_counts)
+        self.reevaluate()
+
     def set_counts(self, applied_steps: int, skipped_steps: int) -> None:
         """See `EngineState.set_counts`."""
         self.memory.control[layout.APPLIED_STEPS.value].fill_(applied_steps)
@@ -291,7 +315,7 @@ class DeviceState(EngineState):
 
     def parse(self, words: Tensor) -> Snapshot:
         """See `EngineState.parse`."""
-        control, norm, live, update_steps = (part.numpy() for part in words.split(self.memory.sizes))
+        control, norm, live, update_steps, counts = (part.numpy() for part in words.split(self.memory.sizes))
         norm = norm.view(np.float64)
         live = live.view(np.float64).reshape(layout.LIVE_ROWS.value, -1)
         status = Status(
@@ -304,7 +328,8 @@ class DeviceState(EngineState):
             schedule_exhausted=bool(control[layout.OVERRUN.value]),
             stale_replay=bool(control[layout.STALE.value]),
         )
-        return Snapshot(status, live[layout.APPLIED_LR.value], live[layout.APPLIED_MOMENTUM.value], update_steps)
+        applied_lr, applied_momentum = live[layout.APPLIED_LR.value], live[layout.APPLIED_MOMENTUM.value]
+        return Snapshot(status, applied_lr, applied_momentum, update_steps, self._by_group(counts))
 
     def read_history(self, count: int) -> History:
         """See `EngineState.read_history`."""

@@ -102,6 +102,9 @@ class StepPlan:
         buffers: By tensor index: the buffer that a gradient is first copied into, if its layout is not its parameter's.
         chunks: The chunks of the tensors.
         device: The device of the tables.
+        idle: Indices of the tensors that are averaged and not updated.
+        idle_params: These tensors.
+        averages: The averages of ``active`` and ``idle``, in that order; none if no step averages.
     """
 
     def __init__(
@@ -113,9 +116,15 @@ class StepPlan:
         buffers: dict[int, Tensor],
         chunks: Chunks,
         device: torch.device,
+        idle: Sequence[int] = (),
+        idle_params: Sequence[Tensor] = (),
+        averages: Sequence[Tensor] = (),
     ) -> None:
         self.active = active
+        self.idle = list(idle)
         self.params = params
+        # Written into the rows as found, after the states.
+        self.averaging = [*idle_params, *averages]
         self.states = [tensor for own in states for tensor in own]
         self._state_rows = np.array([index for index, own in zip(active, states, strict=True) for _ in own], np.intp)
         self._state_columns = layout.STATES.value + np.array([i for own in states for i in range(len(own))], np.intp)
@@ -172,7 +181,8 @@ class StepPlan:
             active = [grads[index] for index in self.active]
         for index, buffer in self.buffers.items():
             active[self.active.index(index)] = buffer.copy_(grads[index])  # type: ignore[arg-type]
-        return [*map(Tensor.data_ptr, self.params), *map(Tensor.data_ptr, active), *map(Tensor.data_ptr, self.states)]
+        others = map(Tensor.data_ptr, self.states + self.averaging)
+        return [*map(Tensor.data_ptr, self.params), *map(Tensor.data_ptr, active), *others]
 
     def set_addresses(self, addresses: list[int]) -> None:
         """Writes what `find_addresses` gave into the rows; uploads nothing."""
@@ -180,7 +190,12 @@ class StepPlan:
         active = np.array(self.active, np.intp)
         self.rows[active, layout.PARAM.value] = addresses[:count]
         self.rows[active, layout.GRAD.value] = addresses[count : 2 * count]
-        self.rows[self._state_rows, self._state_columns] = addresses[2 * count :]
+        averaging = 2 * count + len(self.states)
+        self.rows[self._state_rows, self._state_columns] = addresses[2 * count : averaging]
+        if self.averaging:
+            averages = averaging + len(self.idle)
+            self.rows[np.array(self.idle, np.intp), layout.PARAM.value] = addresses[averaging:averages]
+            self.rows[np.array(self.active + self.idle, np.intp), layout.AVERAGE.value] = addresses[averages:]
 
 
 def evaluators(num_tensors: int, num_groups: int, config: LaunchConfig) -> int:
@@ -217,7 +232,7 @@ def make_step_launches(
         combination = chunk_range.combination
         launch = make_launch(
             step_kernel,
-            num_evaluators + min(chunk_range.num_chunks, max_updaters),
+            num_evaluators + min(max(chunk_range.num_chunks, chunk_range.num_idle_chunks), max_updaters),
             config.options,
             plan.device,
             **memory.step_arguments(),
@@ -226,6 +241,7 @@ def make_step_launches(
             chunk_table_ptr=plan.chunk_table[chunk_range.first :],
             num_evaluators=num_evaluators,
             num_chunks=chunk_range.num_chunks,
+            num_idle_chunks=chunk_range.num_idle_chunks,
             counts=1,
             NUM_STATES=combination.num_states,
             PARAM_DTYPE=TRITON_DTYPES[combination.param_dtype],

@@ -63,6 +63,13 @@ def is_low_precision(dtype: torch.dtype) -> bool:
     return dtype in LOW_PRECISION
 
 
+def average_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's average: in 16 bits an exponential average would stop moving."""
+    if not is_low_precision(dtype):
+        return dtype
+    return torch.complex64 if dtype.is_complex else torch.float32
+
+
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients, as `torch.nn.utils.get_total_norm`; of float16 and bfloat16 ones in float32.
 

@@ -63,7 +63,8 @@ class TritonEngine(Engine):
         self.state: DeviceState = DeviceState(
             self.parameters, rule, groups, options, self.config, schedule_step, update_steps
         )
-        self.moments = Moments(self.parameters, state, rule, groups, self.state.step_mirror)
+        has_averages = options.averaging is not None
+        self.moments = Moments(self.parameters, state, rule, groups, self.state.step_mirror, has_averages)
         self._options, self._rule = options, rule
         self._plans: PlanCache[StepPlan] = PlanCache()
         # The result of `prepare`, for `compute_norm` and `launch`. Keeps temporary gradients (reduced sums) alive.
@@ -134,14 +135,13 @@ class TritonEngine(Engine):
         """Checks parameters, gradients and state, creates missing state, and allocates tables."""
         self.parameters.check(grads, self._options.write_back_grads)
         active = [index for index, grad in enumerate(grads) if grad is not None]
-        for index in active:
-            self.moments.check(index)
+        idle = self.moments.check_all(active)
         missing = self.moments.missing(active)
         if missing:
             self.state.refuse_capture(f"the state of {self.parameters.names(missing)} would be created")
         self.state.refuse_capture("the set of gradients or their layouts is a new one")
         self.state.restart_steps(self.moments.uncounted(missing))
-        if self.moments.create_all(active):
+        if self.moments.create_all(active + idle):
             # Other plans hold the state tensors that were replaced.
             self._plans.clear()
         params = self.parameters.tensors
@@ -157,15 +157,31 @@ class TritonEngine(Engine):
         num_states = [len(self.moments.keys(index)) for index in range(len(params))]
         measured = None if self._options.max_grad_norm is None else self.parameters.measured
         chunks = cut_into_chunks(
-            params, grads, num_states, self._rule.required_states, self.config.block_size, measured
+            params, grads, num_states, self._rule.required_states, self.config.block_size, measured, idle
         )
         states = [self.moments.of(index) for index in active]
-        active_params = [params[index] for index in active]
-        return StepPlan(active, active_params, states, rows, buffers, chunks, self.device), active_params
+        active_params, idle_params = [params[index] for index in active], [params[index] for index in idle]
+        averages = [self.moments.average(index) for index in active + idle]
+        plan = StepPlan(
+            active,
+            active_params,
+            states,
+            rows,
+            buffers,
+            chunks,
+            self.device,
+            idle,
+            idle_params,
+            [average for average in averages if average is not None],
+        )
+        return plan, active_params + idle_params
 
     def _set_state_addresses(self, rows: Any, index: int) -> None:
         addresses = [tensor.data_ptr() for tensor in self.moments.of(index)]
         rows[index, layout.STATES.value : layout.STATES.value + len(addresses)] = addresses
+        average = self.moments.average(index)
+        if average is not None:
+            rows[index, layout.AVERAGE.value] = average.data_ptr()
 
     def _make_launches(self, plan: StepPlan, tensor_table: Tensor) -> StepLaunches:
         state, options = self.state, self._options
@@ -183,6 +199,7 @@ class TritonEngine(Engine):
             UPDATE=state.update,
             SCALARS=state.scalars,
             HAS_DECAY_SCHEDULE=self._rule.has_decay_schedule,
+            HAS_AVERAGING=options.averaging is not None,
             WRITE_BACK_GRADS=options.write_back_grads,
             SCALE_FNS=state.scale_functions,
         )
@@ -293,9 +310,10 @@ class TritonEngine(Engine):
         table = plan.take_spare_table() if capturing else upload(plan.rows, self.device)
         launches = plan.launches.with_table(table) if plan.launches else self._make_launches(plan, table)
         self._ready = plan, launches, grads
-        state = [self.moments.entry(index) for index in plan.active]
-        tensors = [*grads, *plan.params, *plan.buffers.values(), *state]
-        return Capture(self, plan.active, (plan, table, launches), tensors)
+        addressed = plan.active + plan.idle
+        state = [self.moments.entry(index) for index in addressed]
+        tensors = [*grads, *plan.params, *plan.averaging, *plan.buffers.values(), *state]
+        return Capture(self, addressed, (plan, table, launches), tensors)
 
     def refresh_capture(self, capture: Capture) -> None:
         """Writes current addresses into a captured launch's table. See `CapturableEngine`."""
@@ -308,9 +326,9 @@ class TritonEngine(Engine):
         rows, grads, states = plan.rows.copy(), self.parameters.grads(), []
         for index in capture.active:
             grad = grads[index]
-            assert grad is not None
             rows[index, layout.PARAM.value] = self.parameters.tensors[index].data_ptr()
-            rows[index, layout.GRAD.value] = grad.data_ptr()
+            # An idle one has none.
+            rows[index, layout.GRAD.value] = 0 if grad is None else grad.data_ptr()
             self._set_state_addresses(rows, index)
             states.append(self.moments.entry(index))
         upload(rows, self.device, out=table)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_integer, check_number, check_number_or_tensor
+from .._device.moments import AVERAGE
 from .._device.rules import UpdateRule
 from .._device.sharding import is_dtensor
 from .._device.tensors import has_memory
@@ -18,6 +19,9 @@ from .._warnings import warn
 from ..schedules import Schedule
 from .hyperparameters import MAX_SCHEDULE_STEP, check_has_decay_schedule, check_hyperparameter, check_schedule_step
 from .param_group import ParamGroup
+
+# Key of a saved group: how often its parameters were averaged.
+N_AVERAGED = "n_averaged"
 
 
 class Readings(NamedTuple):
@@ -27,11 +31,13 @@ class Readings(NamedTuple):
         schedule_step: The schedule step.
         lr_and_momentum: Those of each group, as ``group["lr"]`` and the momentum key give them.
         update_steps: Number of updates of each parameter.
+        average_counts: How often the parameters of each group were averaged; None without averaging.
     """
 
     schedule_step: int
     lr_and_momentum: Sequence[tuple[float, float]]
     update_steps: Mapping[Tensor, int]
+    average_counts: Sequence[int] | None = None
 
 
 def pack(
@@ -49,7 +55,7 @@ def pack(
     Returns:
         ``state`` and ``param_groups``. ``step`` is a copy, on the CPU unless the group has ``fused`` or
         ``capturable``, as in torch; the other state tensors are not copied. A group also holds ``schedule``: plain
-        values, with the fields of `Clock`; or None.
+        values, with the fields of `Clock`; or None. With averaging it holds ``n_averaged``.
     """
     clock = {
         "step": readings.schedule_step,
@@ -59,8 +65,10 @@ def pack(
     ids: dict[int, int] = {}
     on_device = set()
     packed_groups = []
-    for group, (lr, momentum) in zip(groups, readings.lr_and_momentum, strict=True):
+    for index, (group, (lr, momentum)) in enumerate(zip(groups, readings.lr_and_momentum, strict=True)):
         packed = {key: group.stored(key) for key in group if key != "params"}
+        if readings.average_counts is not None:
+            packed[N_AVERAGED] = readings.average_counts[index]
         if group.schedule is not None:
             packed["lr"] = lr
             if group.schedule.drives_momentum:
@@ -106,6 +114,7 @@ class Loaded(NamedTuple):
         other_state: The saved state that belongs to no parameter.
         schedule_step: The saved schedule step; None if no schedule was saved.
         is_ahead: See `pack`.
+        average_counts: How often the parameters of each group were averaged; None if that was not saved.
     """
 
     groups: list[dict[str, Any]]
@@ -114,15 +123,17 @@ class Loaded(NamedTuple):
     schedules: list[Schedule | None]
     schedule_step: int | None
     is_ahead: bool
+    average_counts: Sequence[int] | None = None
 
 
-def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
+def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule, has_averages: bool) -> Loaded:
     """Checks a state_dict of a fused optimizer or of the corresponding torch optimizer.
 
     Args:
         saved: The state_dict. Not changed.
         groups: The param groups that it will be loaded into. Not changed.
         rule: The update rule.
+        has_averages: They are averaged. If not, what is saved of averages is kept as it is.
 
     Returns:
         The values to load.
@@ -142,6 +153,7 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
     checked: list[dict[str, Any]] = []
     schedules: list[Schedule | None] = []
     clocks: list[Clock] = []
+    average_counts: list[int] = []
     by_param: dict[Tensor, Mapping[str, Any]] = {}
     for index, (own, group) in enumerate(zip(groups, saved_groups, strict=True)):
         name = f"state_dict['param_groups'][{index}]"
@@ -153,6 +165,11 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
         if len(group["params"]) != len(params):
             raise ValueError(f"{name} has {len(group['params'])} parameters, the optimizer {len(params)}")
         values = {key: value for key, value in group.items() if key not in ("params", "schedule")}
+        if has_averages:
+            count = values.pop(N_AVERAGED, 0)
+            average_counts.append(
+                check_integer(f"{name}[{N_AVERAGED!r}]", count, "an integer in [0, 2**53]", lambda n: 0 <= n <= 2**53)
+            )
         if values.get("weight_decay_schedule") is not None:
             key = "weight_decay_schedule"
             values[key] = _decode(f"{name}[{key!r}]", values[key], own.weight_decay_schedule)
@@ -174,7 +191,7 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
     ids = {key for group in saved_groups for key in group["params"]}
     other_state = {key: value for key, value in entries.items() if key not in ids}
     if not clocks:
-        return Loaded(checked, by_param, other_state, schedules, None, False)
+        return Loaded(checked, by_param, other_state, schedules, None, False, average_counts)
     if len({clock._replace(momentum=0.0) for clock in clocks}) > 1:
         raise ValueError(
             f"state_dict['param_groups'] have schedules at different steps, {[clock.step for clock in clocks]}: an "
@@ -198,10 +215,10 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule) -> Loaded:
                 "they are not loaded. The present schedules and schedule step stay; load the scheduler's state_dict"
             )
             warn(message)
-            return Loaded(checked, by_param, other_state, [None] * len(groups), None, False)
+            return Loaded(checked, by_param, other_state, [None] * len(groups), None, False, average_counts)
         step, is_ahead = agreeing[0], False
         warn(f"{message}the schedule step is set to {step}, which agrees with its updates and lr")
-    return Loaded(checked, by_param, other_state, schedules, step, is_ahead)
+    return Loaded(checked, by_param, other_state, schedules, step, is_ahead, average_counts)
 
 
 class Clock(NamedTuple):
@@ -270,7 +287,7 @@ def _check_entry(name: str, entry: Any, param: Tensor, rule: UpdateRule) -> None
         raise ValueError(f"{name} must be a dict{' with ' if needed else ''}{', '.join(map(repr, needed))}")
     if rule.has_step:
         _check_step(f"{name}['step']", entry["step"])
-    for key in rule.states:
+    for key in (*rule.states, AVERAGE):
         value = entry.get(key)
         if value is None and key not in required:
             continue

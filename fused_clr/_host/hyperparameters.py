@@ -11,6 +11,7 @@ import numpy as np
 from .._checks import check_bool, check_integer, check_number, check_number_or_tensor
 from .._device.rules import UpdateRule
 from .._device.settings import Options
+from ..averaging import Averaging
 from ..schedules import Schedule
 
 # 64 bytes for each and every group on the device: 640 MB.
@@ -36,7 +37,7 @@ def check_options(name: str, given: Mapping[str, Any]) -> Options:
         The options, with plain numbers.
 
     Raises:
-        TypeError: One is unknown.
+        TypeError: One is unknown, or ``averaging`` is not an `Averaging`.
         ValueError: One is not allowed; the message names it, its value and the allowed values.
     """
     unknown = set(given) - set(Options._fields)
@@ -56,6 +57,8 @@ def check_options(name: str, given: Mapping[str, Any]) -> Options:
         name: check_bool(name, getattr(options, name))
         for name in ("skip_if_nonfinite", "write_back_grads", "advance_schedule_on_skip")
     }
+    if not (options.averaging is None or isinstance(options.averaging, Averaging)):
+        raise TypeError(f"averaging must be a fused_clr.Averaging or None, got {type(options.averaging).__name__}")
     options = options._replace(max_grad_norm=limit, history_size=size, **flags)
     if options.skip_if_nonfinite and limit is None:
         raise ValueError(

@@ -23,9 +23,11 @@ from .._device.settings import GroupSettings, Options, TensorRecord
 from .._device.sharding import local_tensor
 from .._device.tensors import check_parameter, has_memory
 from .._torch_internals import asked_by_distributed_checkpoint, call_with_hooks, hooks_wanted, uncompiled
+from ..averaging import Averaging
 from ..schedules import Constant, Decay, Schedule, sequence
 from ..telemetry import History, Live, Status
 from . import checkpoint
+from .averages import check_averaging, copied_state_dict, exchanged, pairs_of
 from .hyperparameters import (
     MAX_SCHEDULE_STEP,
     OWN_KEYS,
@@ -99,6 +101,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._assigned_epoch = assigned_epoch
         # Set while reads of all groups share one copy from the device.
         self._readings: list[tuple[float, float]] | None = None
+        # The parameters hold their averages, in the body of `averaged_parameters`.
+        self._shows_averages = False
 
     @property
     def rule(self) -> UpdateRule:
@@ -375,6 +379,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
     def _step_engines(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self.refuse_averages("optimizer.step()")
         engines = self._ready()
         for record in self._waiting:
             if record.param.grad is not None:
@@ -501,6 +506,82 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not isinstance(captured, CapturedStep):
             raise TypeError(f"captured must be one of optimizer.captures or None, got {type(captured).__name__}")
         captured.check(optimizer_only)
+
+    # -- averages -----------------------------------------------------------------------------------------------------
+    @property
+    def averaging(self) -> Averaging | None:
+        """Which steps average the parameters, as given to the constructor."""
+        return self._engines.options.averaging
+
+    @property
+    def n_averaged(self) -> list[int]:
+        """How often the parameters of each group were averaged. Waits for the device.
+
+        Raises:
+            RuntimeError: The optimizer has no ``averaging``.
+        """
+        check_averaging(self.averaging)
+        return self._ready().average_counts()
+
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """In the body, the parameters hold their averages. Afterwards, also after an exception, their own values.
+
+        The values are exchanged in place, so that captured graphs stay valid. The body needs memory for a copy of the
+        parameters. What else writes to them there is lost. Parameters of a group that has not been averaged yet keep
+        their own values.
+
+        Raises:
+            RuntimeError: The optimizer has no ``averaging``, or a group will never be averaged since its schedule has
+                no cycles, or this is called in the body of another one. A step in the body raises one too.
+
+        Example:
+            >>> from fused_clr import Averaging, FusedAdam
+            >>> weight = torch.nn.Parameter(torch.zeros(1))
+            >>> optimizer = FusedAdam([weight], lr=1.0, averaging=Averaging.swa(every=1))
+            >>> for _ in range(2):
+            ...     weight.grad = torch.ones(1)
+            ...     optimizer.step()
+            >>> with optimizer.averaged_parameters():
+            ...     print(round(weight.item(), 3))
+            -1.5
+            >>> round(weight.item(), 3)
+            -2.0
+        """
+        averaging = check_averaging(self.averaging)
+        self.refuse_averages("averaged_parameters()")
+        pairs = pairs_of(self.param_groups, self._state, self.n_averaged, averaging)
+        with exchanged(pairs):
+            self._shows_averages = True
+            try:
+                yield
+            finally:
+                self._shows_averages = False
+
+    def averaged_state_dict(self, module: torch.nn.Module | None = None) -> dict[str, Any]:
+        """The averages by name, as copies in the parameters' dtypes, for ``module.load_state_dict``.
+
+        Args:
+            module: The module of the parameters: gives a copy of its ``state_dict()``, with averages in place of the
+                parameters. None: gives the parameters alone, by the names that the optimizer was given
+                (``FusedAdam(model.named_parameters())``).
+
+        Raises:
+            RuntimeError: See `averaged_parameters`.
+            ValueError: ``module`` is None, and the parameters have no names.
+        """
+        if module is None and not all(group.stored("param_names") for group in self.param_groups):
+            raise ValueError(
+                "module must be given, since the parameters have no names; or create the optimizer with "
+                "model.named_parameters()"
+            )
+        with self.averaged_parameters():
+            return copied_state_dict(self.param_groups, module)
+
+    def refuse_averages(self, what: str) -> None:
+        """Raises an error in the body of `averaged_parameters`, where ``what`` was called."""
+        if self._shows_averages:
+            raise RuntimeError(f"{what} must not be called in the body of averaged_parameters()")
 
     # -- the schedule -------------------------------------------------------------------------------------------------
     def set_schedule_step(self, step: int) -> None:
@@ -658,7 +739,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             for record, step in zip(engine.parameters.records, snapshot.update_steps, strict=True)
         }
         pairs = list(zip(values[0].tolist(), values[1].tolist(), strict=True))
-        return checkpoint.Readings(status.schedule_step, pairs, update_steps), (
+        average_counts = None
+        if engines.options.averaging is not None:
+            average_counts = [max(counts) for counts in zip(*(own.average_counts for own in snapshots), strict=True)]
+        return checkpoint.Readings(status.schedule_step, pairs, update_steps, average_counts), (
             status.applied_steps,
             status.skipped_steps,
         )
@@ -694,7 +778,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, saved)
             saved = saved if result is None else result
-        loaded = checkpoint.check(saved, self.param_groups, self.rule)
+        loaded = checkpoint.check(saved, self.param_groups, self.rule, self.averaging is not None)
         self._check_schedules([*loaded.schedules, *(group.get("weight_decay_schedule") for group in loaded.groups)])
         self._ready()
         self._load_groups(loaded)
@@ -738,6 +822,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 engine.moments.load(index, entry or {})
             engine.state.set_update_steps(steps)
             engine.forget_plans()
+        if self.averaging is not None:
+            self._engines.set_average_counts(loaded.average_counts or [0] * len(self.param_groups))
 
     def __getstate__(self) -> dict[str, Any]:
         readings, counts = self._take_readings()
@@ -757,6 +843,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "schedule_step": readings.schedule_step,
             "counts": counts,
             "update_steps": list(readings.update_steps.items()),
+            "average_counts": list(self._engines.average_counts_by_parameter().items()),
             "scheduler_token": self._scheduler_token,
             "awaits_scheduler": self._awaits_scheduler,
             "assigned_epoch": self._assigned_epoch,
@@ -770,6 +857,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             schedule_step=state.pop("schedule_step"),
             update_steps=(steps := dict(state.pop("update_steps"))),
             counts=state.pop("counts"),
+            average_counts=dict(state.pop("average_counts")),
         )
         self._scheduler_token = state.pop("scheduler_token")
         self.state = {

@@ -118,7 +118,7 @@ class Snapshot:
             entry.update({key: value.clone() for key, value in entry.items() if isinstance(value, Tensor)})
             entry["step"] = readings.update_steps[param]
         others = {key: value for key, value in state.items() if key not in set(params)}
-        loaded = checkpoint.Loaded([], entries, others, [], None, False)
+        loaded = checkpoint.Loaded([], entries, others, [], None, False, readings.average_counts)
         states = [engine.state for engine in optimizer._engines]
         telemetry = [state.save_telemetry() for state in states]
         names = ("_awaits_scheduler", "_assigned_epoch", "_steps_since_scheduler")

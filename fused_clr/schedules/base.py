@@ -170,6 +170,30 @@ class Schedule(ABC):
         """``lr(step)`` and ``momentum(step)``, evaluated once."""
         return self.timeline.values(_checked_step(step))
 
+    @property
+    def has_cycles(self) -> bool:
+        """Whether some step ends a cycle."""
+        return any(any(part) for part in self.timeline.falls)
+
+    def ends_cycle(self, step: int) -> bool:
+        """Whether ``step`` is the last one of a cycle: of a fall of the learning rate.
+
+        That of `Cyclic` is the step before the learning rate is lowest, and that of `CosineRestarts` the step before a
+        restart. A fall that is cut off by the next schedule of a sequence does not count.
+
+        Args:
+            step: int >= 0.
+
+        Raises:
+            ValueError: ``step`` is negative, 2**62 or more, or not an integer.
+
+        Example:
+            >>> from fused_clr.schedules import CosineRestarts
+            >>> [step for step in range(12) if CosineRestarts(1.0, T_0=4).ends_cycle(step)]
+            [3, 7, 11]
+        """
+        return self.timeline.ends_cycle(_checked_step(step))
+
     def _over_array(self, steps: NDArray[Any], which: int) -> FloatArray:
         values = self.timeline.values
         if not np.issubdtype(steps.dtype, np.integer):

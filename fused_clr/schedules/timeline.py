@@ -30,6 +30,7 @@ class Timeline:
         bounds: ``bounds[part][segment]``.
         key: Everything that `locate` depends on, hashable. Schedules that differ only in their values may share it.
         drives_momentum: Whether a part has a momentum.
+        falls: ``falls[part][segment]``: whether the segment ends a fall of the learning rate, and a cycle with it.
 
     Raises:
         ValueError: A part or segment is not what `Part` and `Segment` state.
@@ -46,6 +47,7 @@ class Timeline:
             raise ValueError(f"parts must start at 0, each after the one before and below 2**62, got starts {starts}")
         self.key: Hashable = tuple(part._replace(scaling=_key_of(part.scaling)) for part in self.parts)  # type: ignore[arg-type]
         self.drives_momentum = any(bounds[0].about_momentum is not None for bounds in self.bounds)
+        self.falls = _ends_of_falls(parts)
         self._later_starts = tuple(starts[1:])
         self._scales = [_scale_of(part.scaling) for part in self.parts]
 
@@ -86,6 +88,22 @@ class Timeline:
         if about_momentum is None or offset is None or span is None:
             return lr, math.nan
         return lr, about_momentum + (offset + span * height) * scale
+
+    def ends_cycle(self, step: int) -> bool:
+        """Whether ``step`` is the last one of a fall of the learning rate.
+
+        Args:
+            step: A Python int >= 0. Not checked.
+        """
+        index = bisect_right(self._later_starts, step) if self._later_starts else 0
+        start, end, shift, period, boundaries, _, _ = self.parts[index]
+        step -= start
+        if step >= end:
+            return False
+        phase = (step << shift) % period
+        segment = bisect_right(boundaries, phase)
+        segment_end = boundaries[segment] if segment < len(boundaries) else period
+        return self.falls[index][segment] and phase + (1 << shift) >= segment_end
 
     def tabulated_scale(self, index: int) -> NDArray[np.float64]:
         """The values of a part's plain Python ``scale_fn``, as the device reads them.
@@ -141,6 +159,25 @@ class Timeline:
     def _cycle(self, index: int, step: int) -> int:
         part = self.parts[index]
         return (step << part.shift) // part.period if step < part.end else 0
+
+
+def _ends_of_falls(parts: Sequence[Part]) -> tuple[tuple[bool, ...], ...]:
+    """For each segment of each part: whether its learning rate falls, and does not fall on in the next segment."""
+    falls = []
+    for index, part in enumerate(parts):
+        followers = list(part.segments[1:])
+        if part.repeats:
+            followers.append(part.segments[0])
+        elif index + 1 < len(parts):
+            followers.append(parts[index + 1].segments[0])
+        own = []
+        for position, segment in enumerate(part.segments):
+            first, last = segment.lr
+            follower = followers[position].lr if position < len(followers) else (last, last)
+            falls_on = follower[1] < follower[0] <= last
+            own.append(bool(last < first and not falls_on))
+        falls.append(tuple(own))
+    return tuple(falls)
 
 
 def finite_scale(value: Any, argument: int) -> float:

@@ -73,6 +73,7 @@ class Variant(NamedTuple):
         is_last: See the kernel.
         ones: Every integer argument is the constant 1, which is how Triton may specialise it.
         write_back_grads: See the kernel. For step_kernel alone.
+        averages: The step averages the parameters. Not for norm_kernel.
         all_dtypes: Gradients of every dtype in one launch, or float32 alone. For norm_kernel alone.
         rule: A key of `Kernels.rules`.
     """
@@ -86,6 +87,7 @@ class Variant(NamedTuple):
     is_last: bool = True
     ones: bool = False
     write_back_grads: bool = False
+    averages: bool = False
     all_dtypes: bool = False
     rule: str = "ADAM"
 
@@ -114,6 +116,7 @@ class Variant(NamedTuple):
             words += ["write-back-grads"] if self.write_back_grads else []
         if self.kernel == "norm_kernel":
             words.append("all-dtypes" if self.all_dtypes else "float32")
+        words += ["averages"] if self.averages else []
         words += ["scale-fn"] if self.scale_fn else []
         words += ["ones"] if self.ones else []
         return " ".join(words)
@@ -134,6 +137,11 @@ def all_variants() -> list[Variant]:
         variants.append(Variant(target, "reevaluate_kernel", rule="SGD"))
         variants.append(Variant(target, "step_kernel", True, ones=True))
         variants.append(Variant(target, "step_kernel", write_back_grads=True))
+        for param in ("float32", "bfloat16", "float64"):
+            variants.append(Variant(target, "step_kernel", False, param, param, averages=True))
+        variants.append(Variant(target, "step_kernel", False, num_states=3, averages=True))
+        variants.append(Variant(target, "step_kernel", False, num_states=0, averages=True, rule="SGD"))
+        variants.append(Variant(target, "reevaluate_kernel", averages=True))
         for flag in (False, True):
             variants.append(Variant(target, "reevaluate_kernel", flag, ones=flag))
             variants.append(Variant(target, "norm_kernel", all_dtypes=flag, ones=flag))
@@ -191,6 +199,7 @@ class Kernels:
             "UPDATE": update,
             "SCALARS": scalars,
             "HAS_DECAY_SCHEDULE": variant.rule == "ADAM",
+            "HAS_AVERAGING": variant.averages,
             "NUM_STATES": variant.num_states,
             "CLIP_EPS": CLIP_EPS,
             "IS_LAST": variant.is_last,

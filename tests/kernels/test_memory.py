@@ -97,6 +97,7 @@ def one_chunk_kernel(
     tensor_table_ptr,
     scalars_ptr,
     grad_scale_ptr,
+    HAS_AVERAGING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -112,22 +113,24 @@ def one_chunk_kernel(
         tl.float32,
         tl.float32,
         False,
+        HAS_AVERAGING,
         BLOCK_SIZE,
         ALIGNED,
         MASKED=False,
     )
 
 
-@pytest.mark.parametrize("column", range(4), ids=PARTS[:4])
+@pytest.mark.parametrize("column", range(5), ids=[*PARTS[:4], "average"])
 def test_a_false_promise_is_caught(column: int, promised: list[int]) -> None:
-    parts = [torch.ones(BLOCK_SIZE + 1) for _ in range(4)]
-    addresses = [part.data_ptr() + 4 * (column == i) for i, part in enumerate(parts)]
-    table = torch.tensor([*addresses, 0, BLOCK_SIZE, 0, 1, layout.FLOAT32.value])
+    parts = [torch.ones(BLOCK_SIZE + 1) for _ in range(5)]
+    *addresses, average = [part.data_ptr() + 4 * (column == i) for i, part in enumerate(parts)]
+    table = torch.tensor([*addresses, 0, BLOCK_SIZE, 0, 1, layout.FLOAT32.value, average])
     scalars, grad_scale = torch.ones(layout.SCALAR_COLUMNS.value), torch.ones(1)
     with pytest.raises(interpreter.InterpreterError, match="promised to be a multiple of 16"):
-        one_chunk_kernel[(1,)](table, scalars, grad_scale, BLOCK_SIZE, True)
-    assert all(torch.equal(part, torch.ones(BLOCK_SIZE + 1)) for part in parts)
-    one_chunk_kernel[(1,)](table, scalars, grad_scale, BLOCK_SIZE, False)
+        one_chunk_kernel[(1,)](table, scalars, grad_scale, True, BLOCK_SIZE, True)
+    # The average's address is looked at last.
+    assert column == 4 or all(torch.equal(part, torch.ones(BLOCK_SIZE + 1)) for part in parts)
+    one_chunk_kernel[(1,)](table, scalars, grad_scale, True, BLOCK_SIZE, False)
     assert not torch.equal(parts[0], torch.ones(BLOCK_SIZE + 1))
 
 
@@ -165,6 +168,7 @@ def one_update_kernel(
         tl.float32,
         tl.float32,
         False,
+        True,
         BLOCK_SIZE,
     )
 
@@ -178,11 +182,11 @@ def test_offsets_beyond_two_to_the_31(
 ) -> None:
     """The tensors begin so far before a small buffer that this chunk of theirs lies in it."""
     numel = (chunk + 1) * BLOCK_SIZE - missing
-    far, near = ([torch.linspace(1, 2, BLOCK_SIZE) for _ in range(4)] for _ in range(2))
+    far, near = ([torch.linspace(1, 2, BLOCK_SIZE) for _ in range(5)] for _ in range(2))
     scalars, grad_scale = torch.full((layout.SCALAR_COLUMNS.value,), 0.5), torch.ones(1)
     for parts, index, size in ((far, chunk, numel), (near, 0, BLOCK_SIZE - missing)):
-        addresses = [part.data_ptr() - 4 * BLOCK_SIZE * index for part in parts]
-        table = torch.tensor([*addresses, 0, size, 0, 1, layout.FLOAT32.value])
+        *addresses, average = [part.data_ptr() - 4 * BLOCK_SIZE * index for part in parts]
+        table = torch.tensor([*addresses, 0, size, 0, 1, layout.FLOAT32.value, average])
         chunks = torch.tensor([index])
         allow_access([*parts, table, chunks, scalars, grad_scale])
         one_update_kernel[(1,)](table, chunks, scalars, grad_scale, BLOCK_SIZE)

@@ -55,17 +55,19 @@ def evaluate_kernel(
     step = tl.load(steps_ptr + tl.program_id(0))
     group_id = tl.where(valid, group_id, 0)
     group_ptr = group_table_ptr + group_id * GROUP_COLUMNS
-    lr, momentum = schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS)
-    row_ptr = out_ptr + tl.program_id(0) * 2 * num_groups
+    lr, momentum, ends_cycle = schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS)
+    row_ptr = out_ptr + tl.program_id(0) * 3 * num_groups
     tl.store(row_ptr + group_id, lr, mask=valid)
     tl.store(row_ptr + num_groups + group_id, momentum, mask=valid)
+    tl.store(row_ptr + 2 * num_groups + group_id, ends_cycle.to(tl.float64), mask=valid)
 
 
 class Evaluated(NamedTuple):
-    """float64[steps, groups] of learning rates and of momenta, and the sticky flag."""
+    """[steps, groups] of learning rates, of momenta and of cycles' ends, and the sticky flag."""
 
     lr: np.ndarray
     momentum: np.ndarray
+    ends_cycle: np.ndarray
     overrun: bool
 
 
@@ -86,7 +88,7 @@ def from_kernel(schedules: list[Schedule | None], steps: list[int]) -> Evaluated
     words[columns.MAX_UNIT_SHIFT.value] = tables.max_unit_shift
     words[columns.PART_TABLE.value], words[columns.SEGMENT_TABLE.value], words[columns.SCALE_TABLE.value] = addresses
 
-    out = torch.full((len(steps), 2, len(schedules)), torch.nan, dtype=torch.float64)
+    out = torch.full((len(steps), 3, len(schedules)), torch.nan, dtype=torch.float64)
     overrun = torch.zeros(1, dtype=torch.int64)
     evaluate_kernel[(len(steps),)](
         torch.tensor(steps),
@@ -98,7 +100,7 @@ def from_kernel(schedules: list[Schedule | None], steps: list[int]) -> Evaluated
         SCALE_FNS=tables.scale_functions,
         LANES=triton.next_power_of_2(len(schedules) + 1),
     )
-    return Evaluated(out[:, 0].numpy(), out[:, 1].numpy(), bool(overrun.item()))
+    return Evaluated(out[:, 0].numpy(), out[:, 1].numpy(), out[:, 2].numpy() != 0, bool(overrun.item()))
 
 
 def ulps_of(schedule: Schedule) -> float:
@@ -109,16 +111,18 @@ def ulps_of(schedule: Schedule) -> float:
 
 
 def assert_equals_host(schedules: list[Schedule | None], steps: list[int]) -> None:
-    lrs, momenta, overrun = from_kernel(schedules, steps)
+    lrs, momenta, ends_cycle, overrun = from_kernel(schedules, steps)
     assert not overrun
     for column, schedule in enumerate(schedules):
         if schedule is None:
             assert (lrs[:, column] == GROUP_LR).all()
             assert (momenta[:, column] == GROUP_MOMENTUM).all()
+            assert not ends_cycle[:, column].any()
             continue
         largest = max(abs(lr) for part in schedule.parts() for segment in part.segments for lr in segment.lr)
         for row, step in enumerate(steps):
             lr, momentum = schedule.lr_and_momentum(step)
+            assert ends_cycle[row, column] == schedule.ends_cycle(step)
             assert_within_ulps(lrs[row, column], lr, ulp_of=largest, ulps=ulps_of(schedule))
             if math.isnan(momentum):
                 assert momenta[row, column] == GROUP_MOMENTUM
@@ -138,7 +142,7 @@ def test_within_4_ulp_of_exact() -> None:
     names = [name for name in CYCLIC if name not in ("halves", "tenths")]
     steps = sorted({step for name in names for step in edge_steps(CYCLIC[name])})[::5]
     steps.append(LAST_STEP)
-    lrs, momenta, overrun = from_kernel([*(CYCLIC[name] for name in names), None], steps)
+    lrs, momenta, _, overrun = from_kernel([*(CYCLIC[name] for name in names), None], steps)
     assert not overrun
     for row, step in enumerate(steps):
         for column, name in enumerate(names):
@@ -151,7 +155,7 @@ def test_within_4_ulp_of_exact() -> None:
 @pytest.mark.parametrize("name", ["halves", "tenths"])
 def test_step_sizes_that_are_no_integers(name: str) -> None:
     steps = [*edge_steps(CYCLIC[name])[::8], LAST_STEP]
-    lrs, _, _ = from_kernel([CYCLIC[name]], steps)
+    lrs, *_ = from_kernel([CYCLIC[name]], steps)
     for row, step in enumerate(steps):
         assert_within_ulps(lrs[row, 0], exact_lr(CYCLIC[name], step))
 
@@ -172,7 +176,7 @@ def test_late_steps_of_lines_in_a_sequence() -> None:
         begin + 2**51 + 14,
         LAST_STEP,
     ]
-    lrs, momenta, _ = from_kernel([schedule], steps)
+    lrs, momenta, *_ = from_kernel([schedule], steps)
     for row, step in enumerate(steps):
         assert_within_ulps(lrs[row, 0], exact_lr(schedule, step))
         assert_within_ulps(momenta[row, 0], exact_momentum(schedule, step), ulp_of=0.9)
@@ -181,7 +185,7 @@ def test_late_steps_of_lines_in_a_sequence() -> None:
 def test_families_in_exact_arithmetic() -> None:
     schedules = families()
     steps = [*sorted({step for schedule, _ in schedules.values() for step in steps_of(schedule)})[::9], LAST_STEP]
-    lrs, _, _ = from_kernel([schedule for schedule, _ in schedules.values()], steps)
+    lrs, *_ = from_kernel([schedule for schedule, _ in schedules.values()], steps)
     for column, (name, (_, exact)) in enumerate(schedules.items()):
         for row, step in enumerate(steps):
             assert lrs[row, column] == pytest.approx(float(exact(step)), rel=1e-12, abs=1e-40), (name, step)
@@ -191,7 +195,7 @@ def test_powers_of_half_are_exact() -> None:
     # A factor shared with one that is none, and cycles to below the smallest subnormal.
     schedules = [Cyclic(0.0, 1.0, 1, mode="triangular2"), Cyclic(0.0, 1.0, 1, mode="exp_range", gamma=0.9)]
     steps = [1, 3, 5, 2 * 1022 + 1, 2 * 1073 + 1, 2 * 1074 + 1, 2 * 1075 + 1, 2 * 3000 + 1, LAST_STEP]
-    lrs, _, _ = from_kernel(list(schedules), steps)
+    lrs, *_ = from_kernel(list(schedules), steps)
     assert lrs[:, 0].tolist() == [math.ldexp(1.0, -(step // 2)) for step in steps]
 
 
@@ -199,7 +203,7 @@ def test_exp_range_beside_constants() -> None:
     gammas = (0.0, 0.5, 0.99994, 1.0, 1.0001)
     schedules: list[Schedule | None] = [Cyclic(0.0, 0.1, 7, 5, mode="exp_range", gamma=gamma) for gamma in gammas]
     steps = [0, 1, 2, 6, 7, 8, 100, 1003, 5000]
-    lrs, _, _ = from_kernel([*schedules, None], steps)
+    lrs, *_ = from_kernel([*schedules, None], steps)
     for row, step in enumerate(steps):
         expected = [float(exact_lr(schedule, step)) for schedule in schedules if schedule] + [GROUP_LR]
         assert lrs[row].tolist() == pytest.approx(expected, rel=EXP_RANGE_RTOL)
@@ -305,7 +309,7 @@ def test_long_searches() -> None:
 def test_a_curve_is_exact_near_its_foot(power: float) -> None:
     falls = once(Segment(2**52, Shape.POWER, (0.5, 0.0), power=power))
     steps = [2**52 - 2**bits for bits in (0, 1, 10, 30, 45, 49, 51)] + [2**50, 1, 0]
-    lrs, _, _ = from_kernel([falls], steps)
+    lrs, *_ = from_kernel([falls], steps)
     assert lrs[:, 0].tolist() == pytest.approx([falls.lr(step) for step in steps], rel=1e-14, abs=1e-300)
 
 
@@ -346,10 +350,10 @@ def test_tables_of_python_functions() -> None:
     by_step = Cyclic(0.0, 1.0, 2, scale_fn=waning, scale_mode="iterations", total_steps=12, cycle_momentum=False)
     steps = list(range(13))
     assert encode_schedules([by_cycle, by_step, None]).last_step == 12
-    lrs, _, overrun = from_kernel([by_cycle, by_step, None], steps)
+    lrs, _, _, overrun = from_kernel([by_cycle, by_step, None], steps)
     assert lrs.T.tolist() == [[s.lr(step) for step in steps] for s in (by_cycle, by_step)] + [[GROUP_LR] * 13]
     assert not overrun
-    lrs, _, overrun = from_kernel([by_step], [13])
+    lrs, _, _, overrun = from_kernel([by_step], [13])
     assert overrun
     # The last value, at the height of step 13.
     assert lrs[0, 0] == 0.5 * waning(12)
@@ -398,7 +402,7 @@ def test_triton_functions() -> None:
     ]
     assert len(encode_schedules(schedules).scale_functions) == 2
     steps = [0, 1, 3, 4, 7, 8, 15, 100]
-    lrs, _, _ = from_kernel(list(schedules), steps)
+    lrs, *_ = from_kernel(list(schedules), steps)
     plain = cyclic(scale_fn=lambda x: math.exp(-0.1 * x), scale_mode="iterations")
     twins = [schedules[0], schedules[1], plain, schedules[3], schedules[4]]
     for row, step in enumerate(steps):
@@ -410,7 +414,7 @@ def test_torch_peers() -> None:
     # Every step of them: tests/parity/test_schedules.py.
     peers = torch_peers()
     steps = [0, 1, 6, 7, 8, 20, 30, 35, 40, 55, 60, 61, 80, 100, 104, 105, 118]
-    lrs, momenta, _ = from_kernel([schedule for schedule, _, _ in peers.values()], steps)
+    lrs, momenta, *_ = from_kernel([schedule for schedule, _, _ in peers.values()], steps)
     for column, (name, peer) in enumerate(peers.items()):
         for step, lr, beta1 in torch_values(peer):
             if step in steps:

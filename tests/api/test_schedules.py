@@ -23,7 +23,20 @@ from torch.optim.lr_scheduler import CyclicLR
 
 import fused_clr.schedules
 from fused_clr.reference import exact_lr, exact_momentum
-from fused_clr.schedules import Cyclic, OneCycle, Part, Scaling, Schedule, Segment, Shape, sequence
+from fused_clr.schedules import (
+    Constant,
+    CosineRestarts,
+    Cyclic,
+    Linear,
+    OneCycle,
+    Part,
+    Scaling,
+    Schedule,
+    Segment,
+    Shape,
+    sequence,
+    warmup,
+)
 
 from ..helpers.schedules import (
     CYCLIC,
@@ -219,6 +232,40 @@ def test_scaling_is_about_a_value() -> None:
         height, scale = step % 4 / 4, 0.25 ** (step // 4)
         assert schedule.lr(step) == 0.5 + 0.5 * height * scale
         assert schedule.momentum(step) == 0.875 - (0.125 + 0.25 * height) * scale
+
+
+# -- cycles ------------------------------------------------------------------------------------------------------------
+FALLS: dict[str, tuple[Schedule, list[int]]] = {
+    "cyclic": (Cyclic(1e-4, 1e-2, 4, 3), [6, 13, 20, 27, 34]),
+    # Cycles of 3.75 steps: the last step is the one within which the cycle ends.
+    "fractional": (Cyclic(1e-4, 1e-2, 2.5, 1.25), [3, 7, 11, 14, 18, 22, 26, 29, 33, 37]),
+    "bounds the wrong way round": (Cyclic(1e-2, 1e-4, 4, 3), [3, 10, 17, 24, 31, 38]),
+    "restarts": (CosineRestarts(1.0, 5, 2), [4, 14, 34]),
+    "one cycle": (OneCycle(1e-2, 20), [18]),
+    # The second fall goes on with the first.
+    "three phases": (OneCycle(1e-2, 20, three_phase=True), [18]),
+    "warm-up": (warmup(5, Cyclic(1e-4, 1e-2, 4, 3)), [11, 18, 25, 32, 39]),
+    "a fall, then cycles": (sequence(Linear(1.0, 0.1, 5), Cyclic(1e-4, 1e-2, 4, 3)), [4, 11, 18, 25, 32, 39]),
+    "cut off": (sequence(CosineRestarts(1.0, 8), Constant(0.1), milestones=[20]), [7, 15]),
+    "constant": (Constant(0.1), []),
+    "rising": (Linear(0.1, 1.0, 5), []),
+    "no amplitude": (Cyclic(0.1, 0.1, 4), []),
+}
+
+
+@pytest.mark.parametrize("name", FALLS)
+def test_ends_of_cycles(name: str) -> None:
+    schedule, ends = FALLS[name]
+    assert [step for step in range(40) if schedule.ends_cycle(step)] == ends
+    assert schedule.has_cycles == bool(ends)
+
+
+@pytest.mark.parametrize("period", [4, 11])
+def test_late_ends_of_cycles_are_exact(period: int) -> None:
+    schedule = Cyclic(0.0, 1.0, 1, period - 1)
+    first = LAST_STEP - 3 * period
+    ends = [step for step in range(first, LAST_STEP) if schedule.ends_cycle(step)]
+    assert ends == [step for step in range(first, LAST_STEP) if (step + 1) % period == 0]
 
 
 # -- sequences ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_clr import CyclicLR, FusedAdam, schedules
+from fused_clr import Averaging, CyclicLR, FusedAdam, schedules
 from tests.cases import ADAM, SGD, OptimizerCase, by_rows
 from tests.helpers.ranks import Ranks
 from tests.helpers.sharded import (
@@ -61,6 +61,32 @@ def test_fully_shard_equals_torch_in_one_process(
         norms.append(norm)
     if max_norm is not None:
         assert norms[0] == norms[1] > 0
+
+
+def run_averaged() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The averages seen in the body, and the mean of the parameters after the cycles' last steps."""
+    model, optimizer, scheduler = sharded(None, averaging=Averaging.swa())
+    stored = []
+    for number, batch in enumerate(batches(17)):
+        optimizer.zero_grad()
+        loss_of(model, own_half(batch)).backward()
+        optimizer.step()
+        scheduler.step()
+        if number % 8 == 7:
+            stored.append([whole(param).clone() for param in model.parameters()])
+    assert all(isinstance(entry["average"], DTensor) for entry in optimizer.state.values())
+    assert optimizer.n_averaged == [2]
+    last = [whole(param).clone() for param in model.parameters()]
+    with optimizer.averaged_parameters():
+        seen = [whole(param).clone() for param in model.parameters()]
+    assert all(torch.equal(whole(param), own) for param, own in zip(model.parameters(), last, strict=True))
+    return seen, [(first + second) / 2 for first, second in zip(*stored, strict=True)]
+
+
+def test_averages_of_shards(ranks: Ranks, backend: str) -> None:
+    for seen, wanted in ranks.run(run_averaged):
+        for average, mean in zip(seen, wanted, strict=True):
+            torch.testing.assert_close(average, mean, rtol=1e-6, atol=1e-6)
 
 
 def run_swapped() -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_clr import FusedAdam
+from fused_clr import Averaging, FusedAdam
 from fused_clr._device import launch as launcher
 from fused_clr._device import state
 from fused_clr.schedules import Cyclic
@@ -67,6 +67,7 @@ CASES: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
     "clipped": (torch.float32, torch.float32, {"max_grad_norm": 1.0, "write_back_grads": True, "amsgrad": True}),
     "bfloat16": (torch.bfloat16, torch.bfloat16, {"max_grad_norm": 1.0, "skip_if_nonfinite": True}),
     "mixed": (torch.float32, torch.bfloat16, {"history_size": 0}),
+    "averages": (torch.bfloat16, torch.bfloat16, {"averaging": Averaging.ema(0.9)}),
     "float64": (torch.float64, torch.float64, {"max_grad_norm": 1.0, "advance_schedule_on_skip": True}),
 }
 

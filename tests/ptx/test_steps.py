@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused_clr import FusedAdam, schedules, testing
+from fused_clr import Averaging, FusedAdam, schedules, testing
 from fused_clr._device.step_plan import LaunchConfig, config_for_device
 from fused_clr._device.triton import TritonEngine
 from fused_clr.kernels import layout
@@ -346,3 +346,22 @@ def test_a_replay_of_another_generation_changes_nothing() -> None:
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True))
     assert pair.optimizer.status().stale_replay
+
+
+# -- averages ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_averages(dtype: torch.dtype) -> None:
+    """On some steps alone, of tensors that are updated and of one that is not, at aligned addresses and at others."""
+    ours = make_pair(True, shapes=SHAPES, dtype=dtype, averaging=Averaging.swa(every=2))
+    ours.params[3].data = torch.ones(SHAPES[3][0] + 1, dtype=dtype)[1:]
+    stored = []
+    for number in range(4):
+        set_gradients(ours.params, number)
+        if number == 3:
+            ours.params[2].grad = None
+        step(ours)
+        if number % 2:
+            stored.append([param.detach().float().clone() for param in ours.params])
+    for param, first, second in zip(ours.params, *stored, strict=True):
+        average = ours.optimizer.state[param]["average"]
+        torch.testing.assert_close(average, (first + second) / 2, rtol=1e-6, atol=1e-6)

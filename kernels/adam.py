@@ -35,7 +35,7 @@ def adam_scalars(lr, momentum, weight_decay, update_step, group_row_ptr):
     decay = tl.load(group_row_ptr + DECAY_CONSTANT) + lr * decay
     return (
         lr / bias_correction1,
-        tl.sqrt(bias_correction2),
+        1.0 / tl.sqrt(bias_correction2),
         1.0 - momentum,
         1.0 - tl.load(group_row_ptr + BETA2),
         tl.load(group_row_ptr + EPS),
@@ -45,29 +45,25 @@ def adam_scalars(lr, momentum, weight_decay, update_step, group_row_ptr):
 
 
 @triton.jit
-def adam_update(param, grad, states, scalar_row_ptr):
+def adam_update(param, grad, states, scalars):
     """The element update; with three states AMSGrad's (Reddi et al. 2018, algorithm 2).
 
     Args:
         param: float32 or float64 block; so are ``grad`` and ``states``.
         grad: Gradients, unscaled and clipped.
         states: exp_avg, exp_avg_sq and perhaps max_exp_avg_sq.
-        scalar_row_ptr: pointer to the scalars of ``adam_scalars``, in the blocks' dtype.
+        scalars: Tuple of the scalars of ``adam_scalars``, in the blocks' dtype; there may be more.
 
     Returns:
         The new param; the new states, a tuple.
     """
-    step_size = tl.load(scalar_row_ptr)
-    bias_correction2_sqrt = tl.load(scalar_row_ptr + 1)
-    one_minus_beta1 = tl.load(scalar_row_ptr + 2)
-    one_minus_beta2 = tl.load(scalar_row_ptr + 3)
-    eps = tl.load(scalar_row_ptr + 4)
-    l2_decay = tl.load(scalar_row_ptr + 5)
-    decay_factor = tl.load(scalar_row_ptr + 6)
+    step_size, bias_correction2_rsqrt, one_minus_beta1, one_minus_beta2 = scalars[0], scalars[1], scalars[2], scalars[3]
+    eps, l2_decay, decay_factor = scalars[4], scalars[5], scalars[6]
     exp_avg, exp_avg_sq = states[0], states[1]
 
     # Without decay an infinite parameter must not turn its gradient into NaN.
-    grad = tl.where(l2_decay == 0, grad, grad + l2_decay * param)
+    if l2_decay != 0:
+        grad += l2_decay * param
     param = param * decay_factor
     exp_avg += one_minus_beta1 * (grad - exp_avg)
     # As torch's fused kernels, the factor goes before the square, which would overflow for a gradient of 3e19.
@@ -80,9 +76,9 @@ def adam_update(param, grad, states, scalar_row_ptr):
         second_moment = tl.maximum(states[2], exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         new_states = (exp_avg, exp_avg_sq, second_moment)
     if param.dtype == tl.float64:
-        denominator = tl.sqrt(second_moment) / bias_correction2_sqrt + eps
+        denominator = tl.sqrt(second_moment) * bias_correction2_rsqrt + eps
         param -= step_size * (exp_avg / denominator)
     else:
-        denominator = tl.div_rn(tl.sqrt_rn(second_moment), bias_correction2_sqrt) + eps
+        denominator = tl.sqrt_rn(second_moment) * bias_correction2_rsqrt + eps
         param -= step_size * tl.div_rn(exp_avg, denominator)
     return param, new_states

@@ -29,27 +29,24 @@ def sgd_scalars(lr, momentum, weight_decay, update_step, group_row_ptr):
 
 
 @triton.jit
-def sgd_update(param, grad, states, scalar_row_ptr):
+def sgd_update(param, grad, states, scalars):
     """The element update; without states there is no momentum.
 
     Args:
         param: float32 or float64 block; so are ``grad`` and ``states``.
         grad: Gradients, unscaled and clipped.
         states: Perhaps momentum_buffer, which is 0 before the first update.
-        scalar_row_ptr: pointer to the scalars of ``sgd_scalars``, in the blocks' dtype.
+        scalars: Tuple of the scalars of ``sgd_scalars``, in the blocks' dtype; there may be more.
 
     Returns:
         The new param; the new states, a tuple.
     """
-    lr = tl.load(scalar_row_ptr)
-    l2_decay = tl.load(scalar_row_ptr + 3)
+    lr, momentum, grad_factor, l2_decay, nesterov = scalars[0], scalars[1], scalars[2], scalars[3], scalars[4]
     # Without decay an infinite parameter must not turn its gradient into NaN.
-    grad = tl.where(l2_decay == 0, grad, grad + l2_decay * param)
+    if l2_decay != 0:
+        grad += l2_decay * param
     new_states = states
     if len(states) == 1:
-        momentum = tl.load(scalar_row_ptr + 1)
-        grad_factor = tl.load(scalar_row_ptr + 2)
-        nesterov = tl.load(scalar_row_ptr + 4)
         momentum_buffer = momentum * states[0] + grad_factor * grad
         ahead = tl.where(nesterov != 0, grad + momentum * momentum_buffer, momentum_buffer)
         # A schedule may set the momentum to 0. As in torch, such an update leaves the buffer alone.

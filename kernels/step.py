@@ -35,20 +35,20 @@ from .layout import (
 
 
 @triton.jit
-def load_pointer(tensor_row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of the tensor table, as a pointer.
+def to_pointer(address, offset, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer to an element of a tensor.
 
     Args:
-        tensor_row_ptr: int64 pointer to [TENSOR_COLUMNS].
-        COLUMN: The column.
+        address: int64 scalar. The tensor's.
+        offset: int64 scalar. The element.
         DTYPE: dtype of the elements.
         ALIGNED: Promise that the address is a multiple of 16 bytes. A false promise faults.
 
     Returns:
         Pointer to DTYPE.
     """
-    pointer = tl.load(tensor_row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+    pointer = address.to(tl.pointer_type(DTYPE))
+    return (tl.multiple_of(pointer, 16) if ALIGNED else pointer) + offset
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def average_elements(average_ptr, offsets, mask, param, weight):
 
     Args:
         average_ptr: float32 or float64 pointer.
-        offsets: int64 block.
+        offsets: int32 block.
         mask: bool block or None.
         param: block of the average's dtype.
         weight: scalar in (0, 1], likewise.
@@ -74,115 +74,94 @@ def average_elements(average_ptr, offsets, mask, param, weight):
 
 @triton.jit
 def average_idle(
-    chunk,
-    slot,
-    tensor_table_ptr,
-    chunk_table_ptr,
-    scalars_ptr,
-    num_tensors,
-    PARAM_DTYPE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    word, slot, tensor_table_ptr, scalars_ptr, num_tensors, PARAM_DTYPE: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
     """Averages a chunk of a tensor that this step does not update. Arguments as in ``update``."""
-    word = tl.load(chunk_table_ptr + chunk)
     tensor_id = word >> CHUNK_BITS
     weight = tl.load(scalars_ptr + (slot * num_tensors + tensor_id) * SCALAR_COLUMNS + SCALAR_AVERAGE_WEIGHT)
     if weight != 0:
         COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
         tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
-        offsets = (word & CHUNK_MASK) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        mask = offsets < tl.load(tensor_row_ptr + NUMEL)
-        param_ptr = load_pointer(tensor_row_ptr, PARAM, PARAM_DTYPE, False)
+        offset = (word & CHUNK_MASK) * BLOCK_SIZE
+        offsets = tl.arange(0, BLOCK_SIZE)
+        mask = offsets < tl.load(tensor_row_ptr + NUMEL) - offset
+        param_ptr = to_pointer(tl.load(tensor_row_ptr + PARAM), offset, PARAM_DTYPE, False)
         param = tl.load(param_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
-        average_ptr = load_pointer(tensor_row_ptr, AVERAGE, COMPUTE_DTYPE, False)
+        average_ptr = to_pointer(tl.load(tensor_row_ptr + AVERAGE), offset, COMPUTE_DTYPE, False)
         average_elements(average_ptr, offsets, mask, param, weight)
 
 
 @triton.jit
 def update_chunk(
-    tensor_row_ptr,
+    addresses,
     offset,
-    n_elements,
-    scalar_row_ptr,
-    grad_scale,
-    clip_coefficient,
+    offsets,
+    mask,
+    unscale,
+    grad_sign,
+    scalars,
+    average,
     UPDATE: tl.constexpr,
-    NUM_STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     WRITE_BACK_GRADS: tl.constexpr,
-    HAS_AVERAGING: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Updates one chunk: loads it by its addresses, updates and stores it.
+    """Updates a chunk, or a part of one: loads it by its addresses, updates and stores it.
 
     Args:
-        tensor_row_ptr: int64 pointer to [TENSOR_COLUMNS].
+        addresses: Tuple of int64 scalars: the parameter's, the gradient's and those of the state tensors.
         offset: int64 scalar. First element of the chunk.
-        n_elements: int64 scalar. Elements of the tensor.
-        scalar_row_ptr: float32 or float64 pointer to [SCALAR_COLUMNS].
-        grad_scale: float32 scalar. The loss scale that gradients are still multiplied by.
-        clip_coefficient: float64 scalar. The factor that clips unscaled gradients.
+        offsets: int32 block. Elements to update, counted from ``offset``.
+        mask: bool block, or None for all of ``offsets``.
+        unscale: float32 or float64 scalar. The factor that unscales and clips gradients.
+        grad_sign: Scalar of the same dtype. -1 or 1.
+        scalars: Tuple of scalars, see ``UPDATE``.
+        average: Tuple of the address of the parameter's average and its scalar SCALAR_AVERAGE_WEIGHT. Empty: none.
         UPDATE: The rule's element update.
-        NUM_STATES: State tensors of the rule.
         PARAM_DTYPE: dtype of the parameter and its state tensors.
         GRAD_DTYPE: dtype of the gradient.
         WRITE_BACK_GRADS: Write the unscaled and clipped gradients back.
-        HAS_AVERAGING: Average the parameter if its scalars say so.
-        BLOCK_SIZE: Elements of a chunk.
         ALIGNED: Promise that all addresses are multiples of 16 bytes. A false promise faults.
-        MASKED: The chunk may end before BLOCK_SIZE elements.
     """
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
-    param_ptr = load_pointer(tensor_row_ptr, PARAM, PARAM_DTYPE, ALIGNED)
-    grad_ptr = load_pointer(tensor_row_ptr, GRAD, GRAD_DTYPE, ALIGNED)
+    param_ptr = to_pointer(addresses[0], offset, PARAM_DTYPE, ALIGNED)
+    grad_ptr = to_pointer(addresses[1], offset, GRAD_DTYPE, ALIGNED)
     state_ptrs = ()
-    for i in tl.static_range(NUM_STATES):
-        state_ptrs = state_ptrs + (load_pointer(tensor_row_ptr, STATES + i, PARAM_DTYPE, ALIGNED),)
+    for i in tl.static_range(len(addresses) - 2):
+        state_ptrs = state_ptrs + (to_pointer(addresses[2 + i], offset, PARAM_DTYPE, ALIGNED),)
 
-    offsets = offset + tl.arange(0, BLOCK_SIZE)
-    mask = offsets < n_elements if MASKED else None
     param = tl.load(param_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
     grad = tl.load(grad_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
     states = ()
-    for i in tl.static_range(NUM_STATES):
+    for i in tl.static_range(len(state_ptrs)):
         states = states + (tl.load(state_ptrs[i] + offsets, mask=mask).to(COMPUTE_DTYPE),)
 
-    grad_sign = tl.load(scalar_row_ptr + SCALAR_GRAD_SIGN)
-    if COMPUTE_DTYPE == tl.float64:
-        unscale = clip_coefficient / grad_scale.to(tl.float64)
-    else:
-        unscale = tl.div_rn(clip_coefficient.to(tl.float32), grad_scale)
     if WRITE_BACK_GRADS:
         grad = grad * unscale
         tl.store(grad_ptr + offsets, grad.to(GRAD_DTYPE), mask=mask)
         grad = grad * grad_sign
     else:
         grad = grad * (unscale * grad_sign)
-    param, states = UPDATE(param, grad, states, scalar_row_ptr + RULE_SCALARS)
+    param, states = UPDATE(param, grad, states, scalars)
     tl.store(param_ptr + offsets, param.to(PARAM_DTYPE), mask=mask)
-    for i in tl.static_range(NUM_STATES):
+    for i in tl.static_range(len(state_ptrs)):
         tl.store(state_ptrs[i] + offsets, states[i].to(PARAM_DTYPE), mask=mask)
-    if HAS_AVERAGING:
-        weight = tl.load(scalar_row_ptr + SCALAR_AVERAGE_WEIGHT)
+    if len(average) == 2:
+        weight = average[1]
         if weight != 0:
-            average_ptr = load_pointer(tensor_row_ptr, AVERAGE, COMPUTE_DTYPE, ALIGNED)
+            average_ptr = to_pointer(average[0], offset, COMPUTE_DTYPE, ALIGNED)
             # What was stored, and not what it was rounded from.
-            stored = param.to(PARAM_DTYPE).to(COMPUTE_DTYPE)
-            average_elements(average_ptr, offsets, mask, stored, weight)
+            average_elements(average_ptr, offsets, mask, param.to(PARAM_DTYPE).to(COMPUTE_DTYPE), weight)
 
 
 @triton.jit
 def update(
-    chunk,
+    word,
     slot,
     tensor_table_ptr,
-    chunk_table_ptr,
     scalars_ptr,
-    grad_scale,
-    clip_coefficient,
+    unscale,
     num_tensors,
     UPDATE: tl.constexpr,
     NUM_STATES: tl.constexpr,
@@ -192,94 +171,87 @@ def update(
     HAS_AVERAGING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Looks up a chunk and updates it with the fastest accesses that are safe for it.
+    """Updates a chunk with the fastest accesses that are safe for it.
 
     Args:
-        chunk: int64 scalar. Row of the chunk table.
+        word: int64 scalar. A word of the chunk table.
         slot: int64 scalar. The half of the scalars to read.
         tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
-        chunk_table_ptr: int64 pointer to [num_chunks].
         scalars_ptr: float32 pointer (float64 for float64 parameters) to [2, num_tensors, SCALAR_COLUMNS].
-        grad_scale: float32 scalar. See ``update_chunk``; so are the arguments not listed here.
-        clip_coefficient: float64 scalar.
+        unscale: float32 or float64 scalar. See ``update_chunk``; so are the arguments not listed here.
         num_tensors: int32 scalar.
         UPDATE: The rule's element update.
         NUM_STATES: State tensors of the rule.
         PARAM_DTYPE: dtype of the parameter and its state tensors.
         GRAD_DTYPE: dtype of the gradient.
         WRITE_BACK_GRADS: Write the unscaled and clipped gradients back.
-        HAS_AVERAGING: See ``update_chunk``.
+        HAS_AVERAGING: Average the parameter, if its scalars say so.
         BLOCK_SIZE: Elements of a chunk.
     """
-    word = tl.load(chunk_table_ptr + chunk)
     tensor_id = word >> CHUNK_BITS
     offset = (word & CHUNK_MASK) * BLOCK_SIZE
     tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
-    scalar_row_ptr = scalars_ptr + (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
-    n_elements = tl.load(tensor_row_ptr + NUMEL)
-    # Checked here and not in the plan: addresses change from step to step.
-    addresses = tl.load(tensor_row_ptr + PARAM) | tl.load(tensor_row_ptr + GRAD)
+    remaining = tl.load(tensor_row_ptr + NUMEL) - offset
+    addresses = (tl.load(tensor_row_ptr + PARAM), tl.load(tensor_row_ptr + GRAD))
     for i in tl.static_range(NUM_STATES):
-        addresses |= tl.load(tensor_row_ptr + STATES + i)
+        addresses = addresses + (tl.load(tensor_row_ptr + STATES + i),)
+    # Checked here and not in the plan: addresses change from step to step.
+    all_addresses = addresses[0]
+    for i in tl.static_range(1, len(addresses)):
+        all_addresses |= addresses[i]
+    average = ()
     if HAS_AVERAGING:
-        addresses |= tl.load(tensor_row_ptr + AVERAGE)
-    aligned = (addresses & 15) == 0
+        average = (tl.load(tensor_row_ptr + AVERAGE),)
+        all_addresses |= average[0]
+    aligned = (all_addresses & 15) == 0
+
+    scalar_row_ptr = scalars_ptr + (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
+    grad_sign = tl.load(scalar_row_ptr + SCALAR_GRAD_SIGN)
+    scalars = ()
+    for i in tl.static_range(RULE_SCALARS, SCALAR_COLUMNS):
+        scalars = scalars + (tl.load(scalar_row_ptr + i),)
+    if HAS_AVERAGING:
+        average = average + (tl.load(scalar_row_ptr + SCALAR_AVERAGE_WEIGHT),)
 
     # A mask, even if all true, would prevent 128-bit accesses: branch once per chunk instead.
-    if offset + BLOCK_SIZE > n_elements:
+    if aligned & (remaining >= BLOCK_SIZE):
         update_chunk(
-            tensor_row_ptr,
+            addresses,
             offset,
-            n_elements,
-            scalar_row_ptr,
-            grad_scale,
-            clip_coefficient,
+            tl.arange(0, BLOCK_SIZE),
+            None,
+            unscale,
+            grad_sign,
+            scalars,
+            average,
             UPDATE,
-            NUM_STATES,
             PARAM_DTYPE,
             GRAD_DTYPE,
             WRITE_BACK_GRADS,
-            HAS_AVERAGING,
-            BLOCK_SIZE,
-            ALIGNED=False,
-            MASKED=True,
-        )
-    elif aligned:
-        update_chunk(
-            tensor_row_ptr,
-            offset,
-            n_elements,
-            scalar_row_ptr,
-            grad_scale,
-            clip_coefficient,
-            UPDATE,
-            NUM_STATES,
-            PARAM_DTYPE,
-            GRAD_DTYPE,
-            WRITE_BACK_GRADS,
-            HAS_AVERAGING,
-            BLOCK_SIZE,
             ALIGNED=True,
-            MASKED=False,
         )
     else:
-        update_chunk(
-            tensor_row_ptr,
-            offset,
-            n_elements,
-            scalar_row_ptr,
-            grad_scale,
-            clip_coefficient,
-            UPDATE,
-            NUM_STATES,
-            PARAM_DTYPE,
-            GRAD_DTYPE,
-            WRITE_BACK_GRADS,
-            HAS_AVERAGING,
-            BLOCK_SIZE,
-            ALIGNED=False,
-            MASKED=False,
-        )
+        # Blocks of another shape: those of the whole chunk would have its layout, and be converted to the layout of
+        # narrow accesses through shared memory, with barriers.
+        PART_SIZE: tl.constexpr = BLOCK_SIZE // 2
+        part_end = tl.minimum(remaining, BLOCK_SIZE).to(tl.int32)
+        for part in range(0, part_end, PART_SIZE):
+            offsets = part + tl.arange(0, PART_SIZE)
+            update_chunk(
+                addresses,
+                offset,
+                offsets,
+                offsets < part_end,
+                unscale,
+                grad_sign,
+                scalars,
+                average,
+                UPDATE,
+                PARAM_DTYPE,
+                GRAD_DTYPE,
+                WRITE_BACK_GRADS,
+                ALIGNED=False,
+            )
 
 
 @triton.jit(
@@ -364,7 +336,7 @@ def step_kernel(
         generation: int32 scalar. That of the control block when this launch was made. If they differ, it does nothing.
         counts: int32 scalar. 1: count this step and record it in the history; 0: only advance the schedule.
         advance_schedule_on_skip: int32 scalar. 1: a skipped step also advances the schedule.
-        UPDATE: The rule's element update: (param, grad, states, scalar_row_ptr) -> param, states.
+        UPDATE: The rule's element update: (param, grad, states, scalars) -> param, states.
         SCALARS: The rule's scalars: (lr, momentum, weight_decay, update_step, group_row_ptr) -> tuple.
         HAS_DECAY_SCHEDULE: Whether weight decay may have a schedule of its own. Costs registers.
         HAS_AVERAGING: Whether steps average the parameters.
@@ -431,18 +403,27 @@ def step_kernel(
                 )
         else:
             if skip == 0:
-                own_scalars_ptr = scalars_float64_ptr if PARAM_DTYPE == tl.float64 else scalars_ptr
                 clip_coefficient = tl.load(norm_ptr + CLIP_COEFFICIENT)
+                if PARAM_DTYPE == tl.float64:
+                    own_scalars_ptr = scalars_float64_ptr
+                    unscale = clip_coefficient / grad_scale.to(tl.float64)
+                else:
+                    own_scalars_ptr = scalars_ptr
+                    unscale = tl.div_rn(clip_coefficient.to(tl.float32), grad_scale)
                 num_updaters = tl.num_programs(0) - num_evaluators
-                for chunk in range(program_id - num_evaluators, num_chunks, num_updaters):
+                first_chunk = program_id - num_evaluators
+                next_word = tl.load(chunk_table_ptr + first_chunk, mask=first_chunk < num_chunks, other=0)
+                for chunk in range(first_chunk, num_chunks, num_updaters):
+                    word = next_word
+                    # The next chunk's early: its loads wait for it.
+                    next_chunk = chunk + num_updaters
+                    next_word = tl.load(chunk_table_ptr + next_chunk, mask=next_chunk < num_chunks, other=0)
                     update(
-                        chunk,
+                        word,
                         slot,
                         tensor_table_ptr,
-                        chunk_table_ptr,
                         own_scalars_ptr,
-                        grad_scale,
-                        clip_coefficient,
+                        unscale,
                         num_tensors,
                         UPDATE,
                         NUM_STATES,
@@ -454,13 +435,11 @@ def step_kernel(
                     )
                 if HAS_AVERAGING:
                     if counts != 0:
-                        end = num_chunks + num_idle_chunks
-                        for chunk in range(num_chunks + program_id - num_evaluators, end, num_updaters):
+                        for chunk in range(num_chunks + first_chunk, num_chunks + num_idle_chunks, num_updaters):
                             average_idle(
-                                chunk,
+                                tl.load(chunk_table_ptr + chunk),
                                 slot,
                                 tensor_table_ptr,
-                                chunk_table_ptr,
                                 own_scalars_ptr,
                                 num_tensors,
                                 PARAM_DTYPE,

@@ -73,8 +73,8 @@ BUGS = {
     ),
     "mask-on-full-chunks": Bug(
         "step.py",
-        "            ALIGNED=True,\n            MASKED=False,",
-        "            ALIGNED=True,\n            MASKED=True,",
+        "tl.arange(0, BLOCK_SIZE),\n            None,",
+        "tl.arange(0, BLOCK_SIZE),\n            tl.arange(0, BLOCK_SIZE) < remaining,",
         ONE,
         "128-bit accesses",
     ),

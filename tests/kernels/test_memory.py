@@ -16,6 +16,7 @@ from fused_clr import FusedAdam
 from fused_clr._device.chunks import CHUNK_BITS, block_size_of, chunk_words
 from fused_clr.kernels import layout
 from fused_clr.kernels.adam import adam_update
+from fused_clr.kernels.layout import AVERAGE, RULE_SCALARS, SCALAR_COLUMNS
 from fused_clr.kernels.step import update, update_chunk
 from tests.helpers.many_programs import (
     BLOCK_SIZE,
@@ -96,27 +97,29 @@ def test_alignment_is_promised_only_where_it_is_true(
 def one_chunk_kernel(
     tensor_table_ptr,
     scalars_ptr,
-    grad_scale_ptr,
-    HAS_AVERAGING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    addresses, scalars = (), ()
+    for i in tl.static_range(4):
+        addresses += (tl.load(tensor_table_ptr + i),)
+    for i in tl.static_range(RULE_SCALARS, SCALAR_COLUMNS):
+        scalars += (tl.load(scalars_ptr + i),)
+    average = (tl.load(tensor_table_ptr + AVERAGE), 1.0)
     update_chunk(
-        tensor_table_ptr,
-        0,
-        BLOCK_SIZE,
-        scalars_ptr,
-        tl.load(grad_scale_ptr),
-        tl.load(grad_scale_ptr).to(tl.float64),
+        addresses,
+        tl.zeros((), tl.int64),
+        tl.arange(0, BLOCK_SIZE),
+        None,
+        1.0,
+        1.0,
+        scalars,
+        average,
         adam_update,
-        2,
         tl.float32,
         tl.float32,
         False,
-        HAS_AVERAGING,
-        BLOCK_SIZE,
         ALIGNED,
-        MASKED=False,
     )
 
 
@@ -125,12 +128,12 @@ def test_a_false_promise_is_caught(column: int, promised: list[int]) -> None:
     parts = [torch.ones(BLOCK_SIZE + 1) for _ in range(5)]
     *addresses, average = [part.data_ptr() + 4 * (column == i) for i, part in enumerate(parts)]
     table = torch.tensor([*addresses, 0, BLOCK_SIZE, 0, 1, layout.FLOAT32.value, average])
-    scalars, grad_scale = torch.ones(layout.SCALAR_COLUMNS.value), torch.ones(1)
+    scalars = torch.ones(SCALAR_COLUMNS.value)
     with pytest.raises(interpreter.InterpreterError, match="promised to be a multiple of 16"):
-        one_chunk_kernel[(1,)](table, scalars, grad_scale, True, BLOCK_SIZE, True)
+        one_chunk_kernel[(1,)](table, scalars, BLOCK_SIZE, True)
     # The average's address is looked at last.
     assert column == 4 or all(torch.equal(part, torch.ones(BLOCK_SIZE + 1)) for part in parts)
-    one_chunk_kernel[(1,)](table, scalars, grad_scale, True, BLOCK_SIZE, False)
+    one_chunk_kernel[(1,)](table, scalars, BLOCK_SIZE, False)
     assert not torch.equal(parts[0], torch.ones(BLOCK_SIZE + 1))
 
 
@@ -151,17 +154,14 @@ def one_update_kernel(
     tensor_table_ptr,
     chunk_table_ptr,
     scalars_ptr,
-    grad_scale_ptr,
     BLOCK_SIZE: tl.constexpr,
 ):
     update(
-        tl.program_id(0),
+        tl.load(chunk_table_ptr),
         0,
         tensor_table_ptr,
-        chunk_table_ptr,
         scalars_ptr,
-        tl.load(grad_scale_ptr),
-        tl.load(grad_scale_ptr).to(tl.float64),
+        1.0,
         1,
         adam_update,
         2,
@@ -183,13 +183,13 @@ def test_offsets_beyond_two_to_the_31(
     """The tensors begin so far before a small buffer that this chunk of theirs lies in it."""
     numel = (chunk + 1) * BLOCK_SIZE - missing
     far, near = ([torch.linspace(1, 2, BLOCK_SIZE) for _ in range(5)] for _ in range(2))
-    scalars, grad_scale = torch.full((layout.SCALAR_COLUMNS.value,), 0.5), torch.ones(1)
+    scalars = torch.full((SCALAR_COLUMNS.value,), 0.5)
     for parts, index, size in ((far, chunk, numel), (near, 0, BLOCK_SIZE - missing)):
         *addresses, average = [part.data_ptr() - 4 * BLOCK_SIZE * index for part in parts]
         table = torch.tensor([*addresses, 0, size, 0, 1, layout.FLOAT32.value, average])
         chunks = torch.tensor([index])
-        allow_access([*parts, table, chunks, scalars, grad_scale])
-        one_update_kernel[(1,)](table, chunks, scalars, grad_scale, BLOCK_SIZE)
+        allow_access([*parts, table, chunks, scalars])
+        one_update_kernel[(1,)](table, chunks, scalars, BLOCK_SIZE)
     assert not torch.equal(near[0], torch.linspace(1, 2, BLOCK_SIZE))
     assert same_bits(far, near)
     # What lies beyond the end stays as it was.

@@ -53,8 +53,8 @@ FAULTS = {
     ),
     "a-false-promise-of-16-bytes": Fault(
         "step.py",
-        "aligned = (addresses & 15) == 0",
-        "aligned = (addresses & 3) == 0",
+        "aligned = (all_addresses & 15) == 0",
+        "aligned = (all_addresses & 3) == 0",
         MemoryFault,
         r"misaligned: .*parameter\[\+\d+ of .*ld\.global\.v4.*is no multiple of 16",
         misaligned=True,
@@ -69,13 +69,13 @@ FAULTS = {
     ),
     "a-mask-off-by-one": Fault(
         "step.py",
-        "mask = offsets < n_elements if MASKED",
-        "mask = offsets <= n_elements if MASKED",
+        "offsets < part_end,",
+        "offsets <= part_end,",
         MemoryFault,
         "out of bounds: 4 bytes at",
     ),
     "chunks-updated-twice": Fault(
-        "step.py", "num_chunks, num_updaters):", "num_chunks, num_updaters - 1):", DataRace, "program; .*parameter"
+        "step.py", "chunk + num_updaters\n", "chunk + num_updaters - 1\n", DataRace, "program; .*parameter"
     ),
     "the-slot-that-updaters-read": Fault(
         "step.py",

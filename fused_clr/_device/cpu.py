@@ -213,7 +213,7 @@ class CpuEngine(Engine):
             raise RuntimeError("record_launches() records kernels, and the cpu backend launches none")
         if self.state.must_evaluate:
             self.state.evaluate()
-        if self.parameters.is_sharded and self.parameters.shards_replaced():
+        if (self.parameters.is_sharded and self.parameters.shards_replaced()) or self.moments.layouts_changed():
             self._plans.clear()
         grads = self.parameters.grads()
         self._ready = self._plans.get(grads, self._build_plan), grads

@@ -79,6 +79,8 @@ class Engines:
         self._average_counts = dict(average_counts or {})
         self._engines: list[Engine] = []
         self.captures: list[CapturedStep] = []
+        # Whether the user may hold state tensors; see `Moments.hand_out`.
+        self._state_handed_out = False
         self._pending: StatusCopy | None = None
         self._latest: Status | None = None
 
@@ -168,6 +170,8 @@ class Engines:
             engine.state.set_counts(*self._counts)
             if self.options.averaging is not None:
                 engine.state.set_average_counts(average_counts)
+            if self._state_handed_out:
+                engine.moments.hand_out()
             if is_ahead:
                 engine.state.set_schedule_step(self._schedule_step, is_ahead)
         # From now on the engines count; what is kept here would keep removed parameters alive.
@@ -185,9 +189,16 @@ class Engines:
             engine.state.set_update_steps(engine.moments.adopt_steps(engine.state.get_update_steps()))
             engine.forget_plans()
 
+    def hand_out_state(self) -> None:
+        """Lets the user have state tensors; see `Moments.hand_out`."""
+        if not self._state_handed_out:
+            self._state_handed_out = True
+            for engine in self._engines:
+                engine.moments.hand_out()
+
     def steps_moved(self) -> bool:
         """Whether ``.data`` of a ``state[p]["step"]`` was replaced; see `Moments.steps_moved`."""
-        return any(engine.moments.steps_moved() for engine in self._engines)
+        return self._state_handed_out and any(engine.moments.steps_moved() for engine in self._engines)
 
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
         """Applies new hyperparameters and schedules, in place."""

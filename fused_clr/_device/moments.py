@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_internals import storage_users
+from .._torch_internals import hold, storage_users
+from .fingerprint import Fingerprint
 from .parameters import Parameters
 from .rules import UpdateRule
 from .settings import GroupSettings, TensorRecord
@@ -25,6 +26,7 @@ class Moments:
 
     Attributes:
         keys_by_group: Keys of the state tensors, by group.
+        handed_out: The user may hold state tensors; see `hand_out`.
 
     Args:
         parameters: The parameters.
@@ -48,6 +50,10 @@ class Moments:
         self._parameters = parameters
         self._state = state
         self._rule = rule
+        self.handed_out = False
+        # Of state tensors that were handed out; the others are held in C++ instead.
+        self._fingerprint: Fingerprint | None = None
+        self._held: object = None
         self.set_groups(groups)
         self._step_mirror = step_mirror
         self._steps = list(step_mirror.unbind())
@@ -143,9 +149,33 @@ class Moments:
                     f"{placement_of(record.param)}, got {placement_of(value)}"
                 )
 
+    def hand_out(self) -> None:
+        """Lets the user have state tensors, whose memory and layout may then change without a write to the state.
+
+        Until then nobody else can reach them, and no step need look at them.
+        """
+        if not self.handed_out:
+            self.handed_out = True
+            self._watch()
+
+    def _watch(self) -> None:
+        """Remembers the layout of all state tensors, or, as long as nobody else has them, holds them."""
+        entries = ((i, self._state.get(record.param) or {}) for i, record in enumerate(self._parameters.records))
+        values = [entry.get(key) for index, entry in entries for key in self.all_keys(index)]
+        tensors = [local_tensor(value) for value in values if isinstance(value, Tensor)]
+        self._fingerprint = Fingerprint([], tensors) if self.handed_out else None
+        # Torch's swap_tensors refuses tensors that are held.
+        self._held = None if self.handed_out else hold([*tensors, *self._steps])
+
+    def layouts_changed(self) -> bool:
+        """Whether a state tensor that was handed out has another layout than at the last `create_all`."""
+        fingerprint = self._fingerprint
+        return fingerprint is not None and not (fingerprint.matches([]) or fingerprint.matches_slowly([]))
+
     def create_all(self, indices: Iterable[int]) -> bool:
         """`create` for each of the parameters."""
         replaced = [self.create(index) for index in indices]
+        self._watch()
         return any(replaced)
 
     def create(self, index: int) -> bool:

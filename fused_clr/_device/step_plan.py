@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,8 +124,7 @@ class StepPlan:
         self.active = active
         self.idle = list(idle)
         self.params = params
-        # Written into the rows as found, after the states.
-        self.averaging = [*idle_params, *averages]
+        self.idle_params, self.averages = list(idle_params), list(averages)
         self.states = [tensor for own in states for tensor in own]
         self._state_rows = np.array([index for index, own in zip(active, states, strict=True) for _ in own], np.intp)
         self._state_columns = layout.STATES.value + np.array([i for own in states for i in range(len(own))], np.intp)
@@ -174,15 +174,20 @@ class StepPlan:
             stream.synchronize()
         return table
 
-    def find_addresses(self, grads: Sequence[Tensor | None]) -> list[int]:
-        """Addresses of parameters, gradients and states; gradients of another layout are copied into buffers first."""
+    def find_addresses(self, grads: Sequence[Tensor | None], with_states: bool) -> list[int]:
+        """Addresses of parameters, gradients and states; gradients of another layout are copied into buffers first.
+
+        Args:
+            grads: One entry per parameter.
+            with_states: False leaves out the states: nobody else has them, so that they are where they were.
+        """
         active: list[Any] = list(grads)
         if len(self.active) != len(grads):
             active = [grads[index] for index in self.active]
         for index, buffer in self.buffers.items():
             active[self.active.index(index)] = buffer.copy_(grads[index])  # type: ignore[arg-type]
-        others = map(Tensor.data_ptr, self.states + self.averaging)
-        return [*map(Tensor.data_ptr, self.params), *map(Tensor.data_ptr, active), *others]
+        states = self.states + self.averages if with_states else ()
+        return list(map(Tensor.data_ptr, chain(self.params, active, self.idle_params, states)))
 
     def set_addresses(self, addresses: list[int]) -> None:
         """Writes what `find_addresses` gave into the rows; uploads nothing."""
@@ -190,12 +195,14 @@ class StepPlan:
         active = np.array(self.active, np.intp)
         self.rows[active, layout.PARAM.value] = addresses[:count]
         self.rows[active, layout.GRAD.value] = addresses[count : 2 * count]
-        averaging = 2 * count + len(self.states)
-        self.rows[self._state_rows, self._state_columns] = addresses[2 * count : averaging]
-        if self.averaging:
-            averages = averaging + len(self.idle)
-            self.rows[np.array(self.idle, np.intp), layout.PARAM.value] = addresses[averaging:averages]
-            self.rows[np.array(self.active + self.idle, np.intp), layout.AVERAGE.value] = addresses[averages:]
+        first_state = 2 * count + len(self.idle)
+        if self.idle:
+            self.rows[np.array(self.idle, np.intp), layout.PARAM.value] = addresses[2 * count : first_state]
+        if len(addresses) > first_state:
+            first_average = first_state + len(self.states)
+            self.rows[self._state_rows, self._state_columns] = addresses[first_state:first_average]
+            if self.averages:
+                self.rows[np.array(self.active + self.idle, np.intp), layout.AVERAGE.value] = addresses[first_average:]
 
 
 def evaluators(num_tensors: int, num_groups: int, config: LaunchConfig) -> int:

@@ -103,7 +103,7 @@ class TritonEngine(Engine):
     def prepare(self) -> Capture | None:
         """See `Engine.prepare`."""
         capturing = self.state.before_step()
-        if self.parameters.is_sharded and self.parameters.shards_replaced():
+        if (self.parameters.is_sharded and self.parameters.shards_replaced()) or self.moments.layouts_changed():
             self._plans.clear()
         grads = self.parameters.grads()
         if capturing or launcher.recorders:
@@ -114,7 +114,7 @@ class TritonEngine(Engine):
 
     def _prepare_eager(self, grads: list[Tensor | None]) -> None:
         plan = self._plans.get(grads, self._build_plan)
-        addresses = plan.find_addresses(grads)
+        addresses = plan.find_addresses(grads, self.moments.handed_out)
         if addresses != plan.addresses:
             plan.set_addresses(addresses)
             upload(plan.rows, self.device, out=plan.tensor_table)
@@ -154,6 +154,8 @@ class TritonEngine(Engine):
             rows[index, layout.ACTIVE.value] = 1
             rows[index, layout.GRAD_DTYPE.value] = DTYPE_CODES[real_dtype(grad.dtype)]
             rows[index, layout.NUMEL.value] = real_numel(param)
+        for index in active + idle:
+            self._set_state_addresses(rows, index)
         num_states = [len(self.moments.keys(index)) for index in range(len(params))]
         measured = None if self._options.max_grad_norm is None else self.parameters.measured
         chunks = cut_into_chunks(
@@ -269,7 +271,7 @@ class TritonEngine(Engine):
     def before_capture(self) -> None:
         """See `Engine.before_capture`."""
         self.state.refresh()
-        if self.parameters.is_sharded and self.parameters.shards_replaced():
+        if (self.parameters.is_sharded and self.parameters.shards_replaced()) or self.moments.layouts_changed():
             self._plans.clear()
         # The captured gradients will be laid out as the present ones.
         grads = self.parameters.grads()
@@ -305,14 +307,14 @@ class TritonEngine(Engine):
         capturing = self.state.capturing
         if capturing and not (plan.launches and plan.spare_tables):
             raise RuntimeError("another capture needs its own tables: take one eager step before it")
-        plan.set_addresses(plan.find_addresses(grads))
+        plan.set_addresses(plan.find_addresses(grads, self.moments.handed_out))
         # Not from the graph's private pool, which reuses its blocks.
         table = plan.take_spare_table() if capturing else upload(plan.rows, self.device)
         launches = plan.launches.with_table(table) if plan.launches else self._make_launches(plan, table)
         self._ready = plan, launches, grads
         addressed = plan.active + plan.idle
         state = [self.moments.entry(index) for index in addressed]
-        tensors = [*grads, *plan.params, *plan.averaging, *plan.buffers.values(), *state]
+        tensors = [*grads, *plan.params, *plan.idle_params, *plan.averages, *plan.buffers.values(), *state]
         return Capture(self, addressed, (plan, table, launches), tensors)
 
     def refresh_capture(self, capture: Capture) -> None:

@@ -119,11 +119,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         if not self._state and asked_by_distributed_checkpoint():
             self._create_state()
+        self._engines.hand_out_state()
         return self._state
 
     @state.setter
     def state(self, value: dict[Any, Any]) -> None:
         self._state = OptimizerState(weakref.ref(self))
+        if value:
+            self._engines.hand_out_state()
         for key, entry in value.items():
             self._state[key] = entry
         self._restructure()
@@ -752,6 +755,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         readings, _ = self._take_readings()
+        self._engines.hand_out_state()
         state_dict = checkpoint.pack(self.param_groups, self._state, readings, self.rule, self._awaits_scheduler)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -827,6 +831,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         readings, counts = self._take_readings()
+        self._engines.hand_out_state()
         return {
             "defaults": self.defaults,
             # Without the steps: views of a tensor that is not pickled. `update_steps` has them.

@@ -67,7 +67,24 @@ def share_memory(optimizer: Any, params: list[Tensor]) -> None:
         optimizer.state[param]["exp_avg_sq"].share_memory_()
 
 
-@pytest.mark.parametrize("change", [move_through_data, swap_tensors, share_memory])
+def transpose_through_data(optimizer: Any, params: list[Tensor]) -> None:
+    for param in params:
+        value = optimizer.state[param]["exp_avg"]
+        if value.ndim == 2:
+            value.data = value.data.t().contiguous().t()
+
+
+def restride_in_place(optimizer: Any, params: list[Tensor]) -> None:
+    # The same memory, shape and values at other strides.
+    value = optimizer.state[params[-1]]["exp_avg_sq"]
+    kept = value.clone()
+    value.t_().reshape(-1)
+    value.set_(value.untyped_storage(), 0, kept.shape, kept.t().contiguous().t().stride()).copy_(kept)
+
+
+@pytest.mark.parametrize(
+    "change", [move_through_data, swap_tensors, share_memory, transpose_through_data, restride_in_place]
+)
 def test_moments_that_moved_are_followed(change: Callable[[Any, list[Tensor]], None]) -> None:
     twins = Twins((5,), (70,), (3, 4))
     twins.steps()

@@ -130,7 +130,7 @@ class Device:
             yield from (("parameter", tensor) for tensor in engine.parameters.tensors)
             yield from (("gradient", grad) for grad in engine.parameters.grads() if grad is not None)
             for plan in engine._plans.plans():
-                yield from (("state", tensor) for tensor in plan.states + plan.averaging)
+                yield from (("state", tensor) for tensor in plan.states + plan.idle_params + plan.averages)
                 yield from (("gradient buffer", buffer) for buffer in plan.buffers.values())
         for capture in self._captures:
             yield from (("captured", tensor) for tensor in capture.tensors if isinstance(tensor, Tensor))

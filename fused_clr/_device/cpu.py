@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..schedules import Schedule
@@ -19,6 +21,7 @@ from .moments import Moments
 from .parameters import Parameters, ParametersMovedError
 from .plan_cache import PlanCache
 from .rules import UpdateRule
+from .rules.base import CpuUpdate
 from .settings import GroupSettings, Options, TensorRecord
 from .tensors import is_low_precision, is_resolved, same_layout, total_norm
 
@@ -28,7 +31,7 @@ TensorList = tuple[Tensor, ...] | list[Tensor]
 
 @dataclass
 class Batch:
-    """Tensors of one group, parameter dtype and gradient layout: the lists of one call of torch's kernel."""
+    """Tensors of alike groups, one parameter dtype and gradient layout: the lists of one call of torch's kernel."""
 
     group_index: int
     indices: list[int]
@@ -91,11 +94,11 @@ class Batch:
 
 @dataclass
 class CpuPlan:
-    """The batches of a step, and the steps of all their tensors."""
+    """The batches of a step, and the indices of all its tensors."""
 
     batches: list[Batch]
-    # None if all of the engine's tensors are updated: one call then counts all of them.
-    steps: list[Tensor] | None
+    # None if all of the engine's tensors are updated.
+    active: NDArray[np.intp] | None
     # Parameters and their averages, by group.
     averages: dict[int, tuple[list[Tensor], list[Tensor]]]
 
@@ -123,7 +126,7 @@ class CpuEngine(Engine):
         self._options = options
         self._rule = rule
         self._plans: PlanCache[CpuPlan] = PlanCache()
-        self._updates = [rule.cpu_update(group.values, group.maximize) for group in groups]
+        self._set_calls(self._calls_of(groups))
         # The result of `prepare`.
         self._ready: tuple[CpuPlan, list[Tensor | None]] | None = None
 
@@ -138,13 +141,32 @@ class CpuEngine(Engine):
 
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
         """See `Engine.set_groups`."""
-        updates = [self._rule.cpu_update(group.values, group.maximize) for group in groups]
+        # First: it may raise an error.
+        calls = self._calls_of(groups)
         self.state.set_groups(groups)
-        keys_before = self.moments.keys_by_group
+        keys_before, alike_before = self.moments.keys_by_group, self._alike
         self.moments.set_groups(groups)
-        if self.moments.keys_by_group != keys_before:
+        self._set_calls(calls)
+        if self.moments.keys_by_group != keys_before or self._alike != alike_before:
             self._plans.clear()
-        self._updates = updates
+
+    def _calls_of(self, groups: Sequence[GroupSettings]) -> list[tuple[CpuUpdate, Hashable]]:
+        """For each group, the call of torch's kernel, and what decides which one it is."""
+        rule = self._rule
+        return [
+            (
+                rule.cpu_update(group.values, group.maximize),
+                (rule.columns(group.values), rule.num_states(group.values), group.maximize),
+            )
+            for group in groups
+        ]
+
+    def _set_calls(self, calls: Sequence[tuple[CpuUpdate, Hashable]]) -> None:
+        """Takes `_calls_of` the groups that the state has, and finds the groups that one call can update together."""
+        self._updates = [update for update, _ in calls]
+        first: dict[Hashable, int] = {}
+        keys = zip(self.state.alike, (key for _, key in calls), strict=True)
+        self._alike = [first.setdefault(key, index) for index, key in enumerate(keys)]
 
     def forget_plans(self) -> None:
         """See `Engine.forget_plans`."""
@@ -165,21 +187,18 @@ class CpuEngine(Engine):
             assert grad is not None
             if grad.numel():
                 converts = grad.dtype != param.dtype or not same_layout(grad, param) or not is_resolved(grad)
-                group_index = self.parameters.records[index].group_index
+                group_index = self._alike[self.parameters.records[index].group_index]
                 batches.setdefault((group_index, param.dtype, grad.dtype, converts), []).append(index)
         averages: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         for index in active + idle:
             average = self.moments.average(index)
             if average is not None:
-                group_index = self.parameters.records[index].group_index
-                for own, tensor in zip(
-                    averages.setdefault(group_index, ([], [])), (self.parameters.tensors[index], average), strict=True
-                ):
-                    own.append(tensor)
-        mirror = self.state.step_mirror
+                params, own = averages.setdefault(self.parameters.records[index].group_index, ([], []))
+                params.append(self.parameters.tensors[index])
+                own.append(average)
         plan = CpuPlan(
             [self._batch(indices, *key) for key, indices in batches.items()],
-            None if len(active) == len(self.parameters) else [mirror[index] for index in active],
+            None if len(active) == len(self.parameters) else np.array(active, np.intp),
             averages,
         )
         return plan, [self.parameters.tensors[index] for index in active + idle]
@@ -197,7 +216,7 @@ class CpuEngine(Engine):
             indices,
             params,
             [list(column) for column in zip(*states, strict=True)],
-            [self.state.step_mirror[index] for index in indices],
+            [self.state.steps[index] for index in indices],
             converts,
             is_complex,
             kernel_unscales=grad_dtype == dtype and is_low_precision(dtype),
@@ -245,10 +264,7 @@ class CpuEngine(Engine):
         scale = 1.0 if grad_scale is None else float(grad_scale)
         skipped = state.overflow or (found_inf is not None and float(found_inf) != 0)
         if not skipped:
-            if plan.steps is None:
-                state.step_mirror.add_(1)
-            elif plan.steps:
-                torch._foreach_add_(plan.steps, 1)
+            state.count_updates(plan.active)
             factor = state.clip_coefficient / scale
             write_back = self._options.write_back_grads
             values, updates = state.next, self._updates

@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from .._torch_internals import hold
 from ..telemetry import History, Live, Status
 from .engine import CLIP_EPS, EngineState, Snapshot
 from .settings import GroupSettings, Options
+
+# A Python number would be converted at every step.
+ONE = np.ones(1, np.float32)
 
 
 class CpuState(EngineState):
@@ -21,6 +26,8 @@ class CpuState(EngineState):
 
     Attributes:
         host_step: The schedule step.
+        steps: float32[] each. The entries of ``step_mirror``, for torch's kernel.
+        alike: For each group, the first group that has the same values at every step.
         next: Learning rate and momentum that the next step applies, by group. A new list at every step.
         weight_decay: What the next step applies, by group.
         must_evaluate: Call `evaluate` before a step uses ``next``: a tensor lr may have changed, or a ``scale_fn``
@@ -39,6 +46,10 @@ class CpuState(EngineState):
         self, groups: Sequence[GroupSettings], options: Options, schedule_step: int, update_steps: Sequence[int]
     ) -> None:
         self.step_mirror = torch.tensor(list(update_steps), dtype=torch.float32, device="cpu")
+        # Users have other views: ``.data`` of theirs may be replaced.
+        self.steps = list(self.step_mirror.unbind())
+        self._held = hold(self.steps)
+        self._counted, self._counted_address = self.step_mirror.numpy(), self.step_mirror.data_ptr()
         lr, momentum = torch.zeros(2, len(groups), dtype=torch.float64, device="cpu")
         counts = torch.zeros(3, dtype=torch.int64, device="cpu")
         grad_norm = torch.tensor(math.nan, dtype=torch.float64, device="cpu")
@@ -63,10 +74,13 @@ class CpuState(EngineState):
 
     def set_groups(self, groups: Sequence[GroupSettings]) -> None:
         """Takes new hyperparameters and schedules."""
+        first: dict[Any, int] = {}
+        alike = [first.setdefault(group.values_key, index) for index, group in enumerate(groups)]
         # Groups whose schedules differ only in their values share one call of `locate`.
         timelines: dict[Any, tuple[Any, list[Any]]] = {}
         constants = []
-        for index, group in enumerate(groups):
+        for index in first.values():
+            group = groups[index]
             if group.schedule is None:
                 constants.append((index, group.lr, group.momentum))
                 continue
@@ -78,11 +92,11 @@ class CpuState(EngineState):
                 for entries, bounds in zip(own, part, strict=True):
                     momentum = bounds[3:] if bounds.about_momentum is not None else (group.momentum, 0.0, 0.0)
                     entries.append((index, *bounds[:3], *momentum))
-        self.groups = list(groups)
+        self.groups, self.alike, self._are_all_alike = list(groups), alike, len(first) == 1
         self._has_tensor_lr = any(group.tensor_lr is not None for group in groups)
         self._constants, self._timelines = constants, list(timelines.values())
         self.weight_decay = [group.weight_decay for group in groups]
-        decays = [(index, group.weight_decay_schedule) for index, group in enumerate(groups)]
+        decays = [(index, groups[index].weight_decay_schedule) for index in first.values()]
         self._decay_schedules = [(index, schedule) for index, schedule in decays if schedule is not None]
         self._try_evaluate()
 
@@ -100,9 +114,17 @@ class CpuState(EngineState):
                 )
         for index, schedule in self._decay_schedules:
             self.weight_decay[index] = schedule.lr(self.host_step)
-        self.next = values
+        if self._decay_schedules:
+            self.weight_decay = [self.weight_decay[index] for index in self.alike]
+        if self._are_all_alike:
+            self.next = [values[0]] * len(values)
+            lr, momentum = values[0]
+            self._lr.fill(lr)
+            self._momentum.fill(momentum)
+        else:
+            self.next = [values[index] for index in self.alike]
+            self._lr[:], self._momentum[:] = zip(*self.next, strict=True) if values else ((), ())
         self.must_evaluate = self._has_tensor_lr
-        self._lr[:], self._momentum[:] = zip(*values, strict=True) if values else ((), ())
         self._counts[2] = self.host_step
 
     def _try_evaluate(self) -> None:
@@ -113,6 +135,19 @@ class CpuState(EngineState):
             # the last values can be read.
             self._counts[2] = self.host_step
             self.must_evaluate = True
+
+    def count_updates(self, indices: NDArray[np.intp] | None) -> None:
+        """Counts an update of some parameters; None: of all.
+
+        Torch's addition takes four times as long, and would count as a user's write.
+        """
+        if self.step_mirror.data_ptr() != self._counted_address:
+            # A user has moved its memory with share_memory_().
+            self._counted, self._counted_address = self.step_mirror.numpy(), self.step_mirror.data_ptr()
+        if indices is None:
+            np.add(self._counted, ONE, self._counted)
+        else:
+            self._counted[indices] += ONE
 
     def tick(self) -> None:
         """Advances the schedule."""

@@ -165,7 +165,7 @@ class Moments:
         tensors = [local_tensor(value) for value in values if isinstance(value, Tensor)]
         self._fingerprint = Fingerprint([], tensors) if self.handed_out else None
         # Torch's swap_tensors refuses tensors that are held.
-        self._held = None if self.handed_out else hold([*tensors, *self._steps])
+        self._held = None if self.handed_out else hold(tensors)
 
     def layouts_changed(self) -> bool:
         """Whether a state tensor that was handed out has another layout than at the last `create_all`."""

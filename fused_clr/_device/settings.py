@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -51,6 +51,16 @@ class GroupSettings(NamedTuple):
         """The schedule of the weight decay: its learning rate is the weight decay."""
         schedule: Schedule | None = self.values.get("weight_decay_schedule")
         return schedule
+
+    @property
+    def values_key(self) -> Hashable:
+        """Groups of equal keys have the same learning rate, momentum and weight decay at every step."""
+        lr: Hashable = id(self.lr) if isinstance(self.lr, Tensor) else self.lr
+        keys = [
+            schedule and (schedule.timeline.key, schedule.timeline.bounds)
+            for schedule in (self.schedule, self.weight_decay_schedule)
+        ]
+        return (None if self.schedule else lr, self.momentum, self.weight_decay, *keys)
 
     def tensors(self) -> list[Tensor]:
         """The other hyperparameters that are tensors: they are read when the settings are applied."""

@@ -39,8 +39,9 @@ def bytes_per_element(variant: Variant) -> tuple[int, int]:
     if variant.kernel == "norm_kernel":
         return sum(dtype.itemsize for dtype in DTYPES.values()) if variant.all_dtypes else 4, 0
     param, grad = (DTYPES[name].itemsize for name in (variant.param_dtype, variant.grad_dtype))
-    state = variant.num_states * param
-    return param + grad + state, param + state + grad * variant.write_back_grads
+    # An average is read and written too, in the dtype of the arithmetic.
+    others = variant.num_states * param + variant.averages * max(param, 4)
+    return param + grad + others, param + others + grad * variant.write_back_grads
 
 
 def read(kernels: Kernels, variant: Variant, compiled: Any) -> Reading:

@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 PARTS := steps-small
 DEVICE := cpu
 
-.PHONY: setup demo test ptx pretended-gpu lint types audit bench compat
+.PHONY: setup demo test ptx pretended-gpu lint types audit docs bench compat
 
 setup: $(INSTALLED)
 
@@ -46,6 +46,11 @@ types: $(INSTALLED)
 
 audit: $(INSTALLED)
 	$(BIN)/python -m tests.audit
+
+# The site, into out/site. A link that leads nowhere is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'open out/site/index.html'
 
 # Results into bench/results, as tables and pictures too: make bench PARTS="steps-small host" ROUNDS=21
 bench: $(INSTALLED)

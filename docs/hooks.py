@@ -1,7 +1,7 @@
 """Builds the site's pages from files outside ``docs``: the README, and every file of the repository that a page names.
 
-A link to a file (``../bench/results/host-cpu.md``) and a path in backticks (`tests/api/test_docs.py`) lead to a page with
-its text. So each claim leads to what shows it.
+A link to a file (``../bench/results/host-cpu.md``) and a path in backticks (`tests/api/test_docs.py`) lead to a page
+with its text. So each claim leads to what shows it.
 """
 
 from __future__ import annotations

@@ -123,14 +123,12 @@ class FusedAdamW(FusedAdam):
 
     A step multiplies each parameter by a factor, which the launch computes from that step's learning rate:
 
-    ============ ====================================== =====================================================
-    mode         factor                                 source
-    ============ ====================================== =====================================================
-    "lr"         ``1 - lr * weight_decay``              `torch.optim.AdamW`
-    "lr_ratio"   ``1 - lr / max_lr * weight_decay``     fully decoupled: arXiv:1711.05101, algorithm 2
-    "constant"   ``1 - weight_decay``                   the same without the schedule multiplier
-    "corrected"  ``1 - lr**2 / max_lr * weight_decay``  AdamC: Defazio 2025, arXiv:2506.02285
-    ============ ====================================== =====================================================
+    | mode | factor | source |
+    | --- | --- | --- |
+    | "lr" | ``1 - lr * weight_decay`` | `torch.optim.AdamW` |
+    | "lr_ratio" | ``1 - lr / max_lr * weight_decay`` | fully decoupled: arXiv:1711.05101, algorithm 2 |
+    | "constant" | ``1 - weight_decay`` | the same without the schedule multiplier |
+    | "corrected" | ``1 - lr**2 / max_lr * weight_decay`` | AdamC: Defazio 2025, arXiv:2506.02285 |
 
     Args:
         params: See `FusedAdam`; so are the arguments not listed here.

@@ -62,14 +62,13 @@ class RangeTest(NamedTuple):
     def suggest(self, rule: Literal["valley", "steepest", "smith"] = "smith") -> Suggestion:
         """Bounds of a cyclical learning rate. Slopes are against the logarithm of the learning rate.
 
-        ========== =============================================================================================
-        rule       bounds
-        ========== =============================================================================================
-        "smith"    ``base_lr``: where the loss starts to fall; ``max_lr``: where it becomes ragged or turns (Smith
-                   2017, arXiv:1506.01186, sec. 3.3).
-        "valley"   ``max_lr``: the middle of the longest fall, as in fastai; ``base_lr``: a quarter of it.
-        "steepest" ``max_lr``: where the loss falls fastest; ``base_lr``: a quarter of it.
-        ========== =============================================================================================
+        The rule "smith" is that of Smith 2017, arXiv:1506.01186, sec. 3.3; "valley" is fastai's.
+
+        | rule | bounds |
+        | --- | --- |
+        | "smith" | ``base_lr``: where the loss starts to fall; ``max_lr``: where it becomes ragged or turns |
+        | "valley" | ``max_lr``: the middle of the longest fall; ``base_lr``: a quarter of it |
+        | "steepest" | ``max_lr``: where the loss falls fastest; ``base_lr``: a quarter of it |
 
         Returns:
             A `Suggestion`. Its bounds are None, and ``reason`` says why, if the curve does not show them.

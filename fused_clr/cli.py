@@ -105,18 +105,18 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser("plot", help="draw a schedule", formatter_class=formatter)
     plot.add_argument(
-        "schedule", nargs="?", help="as in Python, 'OneCycle(1e-3, 5000)'; Cyclic of the options when absent"
+        "schedule", nargs="?", help="as in Python, 'OneCycle(1e-3, 5000)'; without it, Cyclic of the options"
     )
     plot.add_argument("--mode", choices=("triangular", "triangular2", "exp_range"), default="triangular", help="shape")
     plot.add_argument("--base-lr", type=float, default=2.5e-4, help="learning rate at a cycle's ends")
     plot.add_argument("--max-lr", type=float, default=1e-3, help="learning rate at the first peak")
     plot.add_argument("--step-size-up", type=float, default=2000, help="steps from base to max")
-    plot.add_argument("--step-size-down", type=float, help="steps from max to base; as many as up when absent")
+    plot.add_argument("--step-size-down", type=float, help="steps from max to base; without it, as many as up")
     plot.add_argument("--gamma", type=float, default=1.0, help="exp_range: factor of each step")
     plot.add_argument("--cycle-momentum", action="store_true", help="draw the momentum (Adam's beta1) too")
     plot.add_argument("--base-momentum", type=float, default=0.8, help="momentum at max learning rate")
     plot.add_argument("--max-momentum", type=float, default=0.9, help="momentum at base learning rate")
-    plot.add_argument("--steps", type=count, help=f"steps to draw, at most {MOST_STEPS:,}; to its end when absent")
+    plot.add_argument("--steps", type=count, help=f"steps to draw, at most {MOST_STEPS:,}; without it, all")
     plot.add_argument("--out", type=_picture, default=Path("out/schedule.png"), help="picture to write")
     plot.set_defaults(run=_run_plot, packages="matplotlib", error=plot.error, default_of=plot.get_default)
 
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--mode", choices=tuple(MODES), default="exponential", help="how the learning rate rises")
     test.add_argument("--rule", choices=RULES, default="smith", help="how bounds are read from the curve")
     test.add_argument("--out", type=_picture, default=Path("out/range-test.png"), help="picture to write")
-    test.add_argument("--csv", type=Path, help="file of the curve; none is written when absent")
+    test.add_argument("--csv", type=Path, help="file to write the curve to")
     test.set_defaults(run=_run_range_test, packages=" ".join(OPTIONAL_MODULES.values()), error=test.error)
     return parser
 

@@ -82,9 +82,9 @@ def fuse(
         raise TypeError(f"optimizer must be a torch.optim.Adam, AdamW or SGD, got {class_name(optimizer)}")
     kind = kind_of_torchs("scheduler", scheduler)
     if total_steps is not None and kind is not CyclicLR:
-        raise ValueError(f"total_steps must be None where the scheduler is no CyclicLR, got {total_steps}")
+        raise ValueError(f"total_steps must be None unless the scheduler is a CyclicLR, got {total_steps}")
     if scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler must drive this optimizer, and is another one's")
+        raise ValueError("scheduler must drive this optimizer, got the scheduler of another one")
     own_step = vars(optimizer).get("step")
     if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
         raise ValueError(f"optimizer.step was replaced by {function_name(own_step)!r}, which cannot be converted")
@@ -161,7 +161,7 @@ def unfuse(
     if scheduler is not None and not isinstance(scheduler, FusedScheduler):
         raise TypeError(f"scheduler must be a scheduler of fused_clr or None, got {class_name(scheduler)}")
     if scheduler is not None and scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler must drive this optimizer, and is another one's")
+        raise ValueError("scheduler must drive this optimizer, got the scheduler of another one")
     check_bool("drop_clipping", drop_clipping)
     if optimizer.max_grad_norm is not None and not drop_clipping:
         raise ValueError(

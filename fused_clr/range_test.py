@@ -303,11 +303,11 @@ def _cycled(batches: Iterable[Any]) -> Iterator[Any]:
             raise ValueError("batches must not be empty")
         if count == 0:
             raise RuntimeError(
-                f"batches ended after {total:,} and cannot be iterated again, because it is an iterator: give more, or "
-                "a DataLoader or a list"
+                f"batches ended after {total:,} entries and cannot be iterated again, because it is an iterator: give "
+                "more, or a DataLoader or a list"
             )
         if total == 0:
-            warn(f"batches has only {count:,}, fewer than the range test takes: they are used again")
+            warn(f"batches has only {count:,} entries, fewer than the range test needs: it uses them again")
         total += count
 
 

@@ -45,7 +45,7 @@ def exact_momentum(schedule: Schedule, step: int) -> Fraction:
     index, progress, cycle = _find_segment(part, step_of_part)
     momentum = part.segments[index].momentum
     if momentum is None:
-        raise ValueError(f"the schedule leaves the momentum alone at step {step}")
+        raise ValueError(f"the schedule does not set the momentum at step {step}")
     first, last = map(Fraction, momentum)
     about = Fraction(part.scaling.about_momentum)
     return about + (first + (last - first) * progress - about) * _scale(part, step_of_part, cycle)

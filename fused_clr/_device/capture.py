@@ -135,8 +135,8 @@ class Capture:
             if (new.conj, new.neg) != (old.conj, old.neg):
                 bit = "conj" if new.conj != old.conj else "neg"
                 raise RuntimeError(
-                    f"{old.name} has its {bit} bit {'set' if getattr(new, bit) else 'cleared'} since the capture, so "
-                    "that its memory means something else; resolve it (resolve_conj, resolve_neg), or capture again"
+                    f"the {bit} bit of {old.name} was {'set' if getattr(new, bit) else 'cleared'} since the capture: "
+                    f"a replay would misread its memory; call resolve_{bit}(), or capture again"
                 )
             if not new.same_layout(old):
                 raise RuntimeError(
@@ -222,7 +222,7 @@ def upload_stream(device: torch.device) -> torch.cuda.Stream:
             if not torch.cuda.is_current_stream_capturing():
                 return stream
         del _upload_streams[device]
-    raise RuntimeError(f"all streams of torch's pool on {device} are being captured; none is left to upload a table on")
+    raise RuntimeError(f"every stream of torch's pool on {device} is being captured: uploading a table needs another")
 
 
 @contextmanager

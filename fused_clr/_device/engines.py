@@ -33,7 +33,8 @@ def engine_class(device: torch.device) -> Any:
         raise ValueError(f"{VARIABLE} must be 'triton' or 'cpu', got {name!r}")
     if name is None or (name == "cpu" and device.type != "cpu"):
         raise RuntimeError(
-            f"no fused-clr backend takes parameters on {device}: backend {name!r}, of 'triton' and 'cpu'"
+            f"parameters on {device} are not supported, got the backend {name!r}: 'cpu' takes parameters on a CPU, and "
+            "'triton' on a CUDA or ROCm device"
         )
     if name == "cpu":
         from .cpu import CpuEngine
@@ -128,7 +129,9 @@ class Engines:
             is_ahead: See `set_schedule_step`.
         """
         for device in records:
-            refuse_capture(device, "the optimizer was used for the first time, or first since its groups changed,")
+            refuse_capture(
+                device, "the optimizer was used for the first time since it was created or its groups changed,"
+            )
         if self._engines:
             if adopt:
                 self.adopt_state()

@@ -225,8 +225,8 @@ class DeviceState(EngineState):
         self.host_step = int(self.memory.control[layout.SCHEDULE_STEP.value])
         if self.host_step > self.last_step:
             raise RuntimeError(
-                f"schedule step {self.host_step} is beyond the last one a scale_fn was tabulated for, "
-                f"{self.last_step:.0f}; give the schedule a larger total_steps"
+                f"schedule step {self.host_step} is past the end of the table of a scale_fn, {self.last_step:.0f}; "
+                "give the schedule a larger total_steps"
             )
 
     def refresh(self) -> None:

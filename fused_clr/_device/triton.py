@@ -139,7 +139,7 @@ class TritonEngine(Engine):
         missing = self.moments.missing(active)
         if missing:
             self.state.refuse_capture(f"the state of {self.parameters.names(missing)} would be created")
-        self.state.refuse_capture("the set of gradients or their layouts is a new one")
+        self.state.refuse_capture("the set of gradients, or their layouts, changed")
         self.state.restart_steps(self.moments.uncounted(missing))
         if self.moments.create_all(active + idle):
             # Other plans hold the state tensors that were replaced.
@@ -301,8 +301,8 @@ class TritonEngine(Engine):
         plan = self._plans.get(grads, self._build_plan)
         if plan.buffers and launcher.recorders:
             raise RuntimeError(
-                "record_launches() records kernels, not the copy of a gradient whose layout is not its parameter's; "
-                f"give these parameters gradients of their own layout: {self.parameters.names(list(plan.buffers))}"
+                "record_launches() records only kernels, and a gradient with another layout than its parameter needs a "
+                f"copy; give these parameters gradients of their layout: {self.parameters.names(list(plan.buffers))}"
             )
         capturing = self.state.capturing
         if capturing and not (plan.launches and plan.spare_tables):
@@ -322,8 +322,8 @@ class TritonEngine(Engine):
         plan, table, launches = capture.tables
         if plan.buffers:
             raise RuntimeError(
-                "the captured step copies gradients whose layout is not their parameter's, of "
-                f"{self.parameters.names(list(plan.buffers))}, from where they were; capture it again"
+                "the captured step copies gradients that have another layout than their parameters, from their old "
+                f"addresses: those of {self.parameters.names(list(plan.buffers))}; capture it again"
             )
         rows, grads, states = plan.rows.copy(), self.parameters.grads(), []
         for index in capture.active:

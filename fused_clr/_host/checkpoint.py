@@ -209,11 +209,9 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule, has_averag
     if is_older:
         # Another optimizer trained on, and carried our schedules along as they were. Its scheduler may be one behind.
         agreeing = [number for number in candidates if all(_agrees(*pair, number, rule) for pair in pairs)]
-        message = "state_dict holds schedules from before another optimizer trained on: "
+        message = "state_dict has old schedules, since another optimizer continued the training: "
         if not agreeing:
-            message += (
-                "they are not loaded. The present schedules and schedule step stay; load the scheduler's state_dict"
-            )
+            message += "they are not loaded, and the optimizer keeps its own; load the scheduler's state_dict"
             warn(message)
             return Loaded(checked, by_param, other_state, [None] * len(groups), None, False, average_counts)
         step, is_ahead = agreeing[0], False

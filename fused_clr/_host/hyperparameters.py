@@ -119,7 +119,7 @@ def check_hyperparameter(name: str, value: Any, new: bool = True) -> Any:
     if name == "weight_decay_max_lr" and value is not None:
         return check_number(name, value, "a finite number >= 0 or None", lambda x: 0 <= x < math.inf)
     if name in Options._fields:
-        raise ValueError(f"{name} holds for all groups: pass it to the optimizer, not in a param group")
+        raise ValueError(f"{name} applies to all groups: pass it to the optimizer, not in a param group")
     return value
 
 
@@ -131,7 +131,7 @@ def check_has_decay_schedule(rule: UpdateRule, values: Mapping[str, Any]) -> Non
     """
     if values.get("weight_decay_schedule") is not None and not rule.has_decay_schedule:
         raise ValueError(
-            "weight_decay_schedule must be None here, since the update rule has none (FusedAdamW has), got "
+            "weight_decay_schedule must be None in this optimizer: only FusedAdamW takes one, got "
             f"{values['weight_decay_schedule']}"
         )
 

@@ -234,7 +234,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for position, param in enumerate(group.stored("params")):
                 name = f"param_groups[{index}]['params'][{position}]"
                 if id(param) in places:
-                    raise ValueError(f"{name} is {places[id(param)]} too: an optimizer must hold a parameter once")
+                    raise ValueError(f"{name} and {places[id(param)]} are one parameter: groups must hold it once")
                 places[id(param)] = name
                 record = TensorRecord(f"{name} ({names[position]})" if names else name, param, index)
                 own = records.setdefault(param.device, []) if has_memory(param) else waiting
@@ -300,7 +300,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise RuntimeError("add_param_group() cannot be called during CUDA graph capture; add groups before it")
         for name in Options._fields:
             if name in param_group:
-                raise ValueError(f"{name} holds for all groups: pass it to the optimizer, not in a param group")
+                raise ValueError(f"{name} applies to all groups: pass it to the optimizer, not in a param group")
         # A copy: torch writes its defaults into the dict.
         super().add_param_group(dict(param_group))
         plain: dict[str, Any] = self.param_groups.pop()
@@ -445,8 +445,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         current = self.max_grad_norm
         if (value is None) != (current is None):
             raise ValueError(
-                f"max_grad_norm is {current} and cannot become {value!r}: whether steps have a norm launch is decided "
-                "when the optimizer is created; math.inf computes the norm without clipping"
+                f"max_grad_norm is {current} and cannot become {value!r}: clipping can be switched on or off only when "
+                "the optimizer is created; math.inf computes the norm without clipping"
             )
         if value is not None:
             value = check_max_grad_norm(value)

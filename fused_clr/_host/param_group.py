@@ -133,7 +133,7 @@ class ParamGroup(WatchedDict):
             if schedule.drives_momentum:
                 if not self._rule.momentum_key:
                     raise ValueError(
-                        f"schedule must not cycle the momentum, which this optimizer has not, got {schedule}"
+                        f"schedule must not cycle the momentum, since this optimizer has none, got {schedule}"
                     )
                 values["base_momentum"], values["max_momentum"] = schedule.momentum_bounds
                 self._warn_of_overridden_momentum(previous, values["base_momentum"], values["max_momentum"])

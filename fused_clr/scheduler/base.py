@@ -121,7 +121,7 @@ class FusedScheduler(LRScheduler, ABC):
         assert isinstance(optimizer, FusedOptimizer)
         if not self._drives:
             raise RuntimeError(
-                f"this {type(self).__name__} no longer drives its optimizer: a later one was created for it"
+                f"this {type(self).__name__} no longer drives its optimizer: a later scheduler was created for it"
             )
         return optimizer
 

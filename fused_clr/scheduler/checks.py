@@ -112,10 +112,10 @@ def check_frame(name: str, state: Any, kind: str, needed_keys: frozenset[str]) -
         ValueError: A key is missing or a value not allowed; the message names it.
     """
     if not isinstance(state, Mapping):
-        raise ValueError(f"{name} must be that of a {kind}, got {state!r}")
+        raise ValueError(f"{name} must be the state_dict of a {kind}, got {state!r}")
     missing = needed_keys - set(state)
     if missing:
-        raise ValueError(f"{name} is not that of a {kind}: it has no {sorted(missing)}")
+        raise ValueError(f"{name} is not the state_dict of a {kind}: it has no {sorted(missing)}")
     allowed = "an integer >= -1"
     check_integer(f"{name}['last_epoch']", state["last_epoch"], allowed, lambda n: -1 <= n <= MAX_SCHEDULE_STEP)
     check_integer(f"{name}['_step_count']", state.get("_step_count", 0), "an integer >= 0", lambda n: n >= 0)

@@ -79,7 +79,7 @@ class SequentialLR(FusedScheduler):
                     f"there are {', '.join(KINDS)}"
                 )
             if scheduler.optimizer is not optimizer:
-                raise ValueError(f"schedulers[{index}] must drive this optimizer, and is another one's")
+                raise ValueError(f"schedulers[{index}] must drive this optimizer, got the scheduler of another one")
             if scheduler._num_groups != num_groups:
                 raise ValueError(
                     f"schedulers[{index}] drives {scheduler._num_groups} param groups, and the optimizer has "

@@ -109,8 +109,8 @@ def _check_sequences(name: str, schedules: Sequence[ScheduleSequence]) -> None:
     for schedule in schedules:
         if len({own.drives_momentum for own in schedule.schedules}) > 1:
             raise ValueError(
-                f"{name} drives the momentum in some of its phases alone, which cannot be converted: torch's keeps its "
-                f"last value in the others, and ours the group's own, in {schedule}"
+                f"{name} drives the momentum in only some of its schedulers, which cannot be converted: in the others "
+                f"torch's uses the last momentum, and ours the group's own, in {schedule}"
             )
         if len([own for own in schedule.schedules if OneCycleLR.recognises(own)]) > 1:
             raise ValueError(f"{name} has more than one OneCycleLR: torch's share one max_lr, in {schedule}")

@@ -53,8 +53,8 @@ class Schedule(ABC):
         known = _registry.setdefault(cls.__name__, cls)
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(
-                f"a schedule's class must have a name of its own, since checkpoints hold it, got a second "
-                f"{cls.__name__!r}, in {cls.__module__}; the first is in {known.__module__}"
+                f"the class of a schedule must have a unique name, since checkpoints store it, got {cls.__name__!r} in "
+                f"{cls.__module__} and in {known.__module__}"
             )
         _registry[cls.__name__] = cls
 

@@ -248,5 +248,5 @@ def test_check_replay_names_a_gradient_with_a_conj_bit(monkeypatch: pytest.Monke
         optimizer.step()
     optimizer.check_replay()
     param.grad = param.grad.conj()
-    with pytest.raises(RuntimeError, match="the gradient of .* has its conj bit set"):
+    with pytest.raises(RuntimeError, match="the conj bit of the gradient of .* was set"):
         optimizer.check_replay(optimizer_only=True)

@@ -400,7 +400,7 @@ def test_batches_are_used_again_with_a_warning() -> None:
     training = Training()
     training.batches = training.batches[:5]
     with pytest.warns(
-        UserWarning, match="batches has only 5, fewer than the range test takes: they are used again"
+        UserWarning, match="batches has only 5 entries, fewer than the range test needs: it uses them again"
     ) as got:
         result = training.range_test()
     assert len(got) == 1

@@ -580,7 +580,7 @@ def test_from_dict_of_another_type() -> None:
 
 # -- classes of users --------------------------------------------------------------------------------------------------
 def test_a_second_class_of_a_name_is_refused() -> None:
-    with pytest.raises(TypeError, match="a second 'Cyclic'.* the first is in fused_clr.schedules.cyclic"):
+    with pytest.raises(TypeError, match="got 'Cyclic' in .* and in fused_clr.schedules.cyclic"):
         type("Cyclic", (Schedule,), {"parts": lambda self: ()})
     assert Schedule.from_dict(Cyclic(0.1, 0.5).to_dict()) == Cyclic(0.1, 0.5)
 

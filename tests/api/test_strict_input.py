@@ -152,5 +152,5 @@ def test_adamw_always_decouples(value: bool) -> None:
 
 
 def test_options_in_a_group() -> None:
-    with pytest.raises(ValueError, match="max_grad_norm holds for all groups"):
+    with pytest.raises(ValueError, match="max_grad_norm applies to all groups"):
         make().param_groups[0]["max_grad_norm"] = 1.0

@@ -251,7 +251,7 @@ def test_the_last_scheduler_drives_and_all_begin_at_the_initial_lr(backend: str)
     optimizer.step()
     second.step()
     assert optimizer.param_groups[0]["lr"] == 0.5 * 0.9
-    with pytest.raises(RuntimeError, match="this LinearLR no longer drives its optimizer: a later one"):
+    with pytest.raises(RuntimeError, match="this LinearLR no longer drives its optimizer: a later scheduler"):
         first.step()
     optimizer.set_schedule(schedules.ExponentialDecay(0.5, 0.8))
     both = SequentialLR(optimizer, [first, second], [3])
@@ -334,7 +334,7 @@ def test_a_sequence_in_a_sequence(on_cpu: None) -> None:
 def test_momentum_in_some_phases_alone_is_not_converted(on_cpu: None) -> None:
     optimizer = adam(ours=False)
     parts = [lr_scheduler.LinearLR(optimizer), lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, 4)]
-    with pytest.raises(ValueError, match="drives the momentum in some of its phases alone"):
+    with pytest.raises(ValueError, match="drives the momentum in only some of its schedulers"):
         fuse(optimizer, lr_scheduler.SequentialLR(optimizer, parts, [4]))
 
 
@@ -352,7 +352,7 @@ def test_fuse_reads_the_schedulers_of_a_sequence_by_name(on_cpu: None) -> None:
     with pytest.raises(ValueError, match=r"_schedulers\[0\]\['last_epoch'\] must be 0 .*, got 1"):
         fuse(optimizer, scheduler)
     optimizer = adam(ours=False)
-    with pytest.raises(ValueError, match="total_steps must be None where the scheduler is no CyclicLR, got 5"):
+    with pytest.raises(ValueError, match="total_steps must be None unless the scheduler is a CyclicLR, got 5"):
         fuse(optimizer, lr_scheduler.LinearLR(optimizer), total_steps=5)
 
 
@@ -401,7 +401,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "milestones-none": (lambda o: SequentialLR(o, [LinearLR(o)], None), "milestones must be a list of integers"),
     "another-optimizer": (
         lambda o: SequentialLR(o, [LinearLR(adam())], []),
-        r"schedulers\[0\] must drive this optimizer, and is another one's",
+        r"schedulers\[0\] must drive this optimizer, got the scheduler of another one",
     ),
 }
 

@@ -301,7 +301,7 @@ def test_plain_groups_of_adamw_get_the_defaults() -> None:
 
 def test_sgd_refuses_a_decay_schedule() -> None:
     optimizer = FusedSGD(new_params(), lr=0.1)
-    message = r"weight_decay_schedule must be None here, .* got Linear\("
+    message = r"weight_decay_schedule must be None in this optimizer: .* got Linear\("
     with pytest.raises(ValueError, match=message):
         optimizer.param_groups[0]["weight_decay_schedule"] = DECAYING
     with pytest.raises(ValueError, match=message):

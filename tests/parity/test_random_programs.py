@@ -349,7 +349,7 @@ def run_program(seed: int, backend: str, length: int = 35) -> None:
     try:
         with warnings.catch_warnings():
             # Loading what torch trained on says at which step it goes on.
-            warnings.filterwarnings("ignore", "state_dict holds schedules from before")
+            warnings.filterwarnings("ignore", "state_dict has old schedules")
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             program.run(length)
     except BaseException:

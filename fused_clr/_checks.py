@@ -67,7 +67,7 @@ def check_number_or_tensor(name: str, value: Any, allowed: str, is_allowed: Call
 
 
 def check_integer(name: str, value: Any, allowed: str, is_allowed: Callable[[int], bool]) -> int:
-    """Checks an integer, Python's or numpy's; see `check_number`. A float is none, whatever its value."""
+    """Checks an integer, Python's or numpy's; see `check_number`. A float is refused, also 2.0."""
     number = plain_number(value)
     if not isinstance(number, int) or not is_allowed(number):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

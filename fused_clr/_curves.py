@@ -31,7 +31,7 @@ class Suggestion(NamedTuple):
 
 
 class Recorder:
-    """Collects the losses of a sweep, and tells when they diverge: at the same step whenever it is told them.
+    """Collects the losses of a sweep, and finds the step at which they diverge, however many losses it gets at a time.
 
     Attributes:
         num_steps: Steps of the sweep.

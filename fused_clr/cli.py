@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Python flushes again when it ends: what stdout could not take goes nowhere, and no second error is printed."""
+    """Drops what stdout could not take: Python flushes again when it ends, and would print a second error."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -21,7 +21,7 @@ class StepOptions(TypedDict, total=False):
         max_grad_norm: Clip the gradients of all groups to this 2-norm, > 0, as `torch.nn.utils.clip_grad_norm_` does.
             Takes one more launch and no synchronization. If the norm is inf, finite gradients become 0 and infinite
             ones NaN; if it is NaN, all become NaN; see ``skip_if_nonfinite``. ``math.inf`` computes the norm without
-            clipping. None, the default, does neither.
+            clipping. None, the default, computes no norm and does not clip.
         skip_if_nonfinite: Skip a step whose norm is not finite. Needs ``max_grad_norm``. Default False. With
             GradScaler such steps are always skipped.
         write_back_grads: Write unscaled and clipped gradients back into ``grad``, as torch does. Default False.
@@ -64,7 +64,7 @@ class FusedAdam(FusedOptimizer):
         fused: Accepted; has no effect: every step is fused.
         decoupled_weight_decay: Decay the parameter instead of the gradient, as AdamW does.
         schedule: A value from `fused_clr.schedules` for every group without its own, also for groups added later: their
-            own ``lr`` has then no effect. None keeps ``lr`` constant. A param group may hold a ``schedule`` too; None
+            own ``lr`` then has no effect. None keeps ``lr`` constant. A param group may hold a ``schedule`` too; None
             there keeps that group's ``lr`` constant. Each step advances all schedules by one.
         options: See `StepOptions`.
 

@@ -1,4 +1,4 @@
-"""The learning rate range test: what it does to a training, and what it returns."""
+"""The learning rate range test, and its result."""
 
 from __future__ import annotations
 
@@ -142,10 +142,11 @@ def range_test(
     *applied* update, not with micro-batches or skipped steps, and in a captured loop too. Every group follows it. A
     momentum that a schedule drives stays at its present value.
 
-    Afterwards, also after an error or Ctrl-C, these are what they were, bit for bit and at their addresses: parameters
-    of ``optimizer``, their gradients, its state, groups, schedule, counters and history; the objects in ``restore``;
-    and the random states of torch, numpy and Python. Captured steps stay valid, unless the present schedule has a
-    ``@triton.jit`` ``scale_fn``. State that is first created by a step which was captured stays, as zeros.
+    Afterwards, also after an error or Ctrl-C, these have their old values, bit for bit and at the same addresses:
+    parameters of ``optimizer``, their gradients, its state, groups, schedule, counters and history; the objects in
+    ``restore``; and the random states of torch, numpy and Python. Captured steps stay valid, unless the present
+    schedule has a ``@triton.jit`` ``scale_fn``. If a step that is captured during the test creates state, that state
+    stays, as zeros.
 
     Args:
         step: One training step: takes a batch, calls ``optimizer.step()`` (not for every batch, if it accumulates

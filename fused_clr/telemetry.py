@@ -38,7 +38,7 @@ class History(NamedTuple):
 
     Attributes:
         schedule_step: int64[n], the schedule step of each.
-        lr: float64[n, num_groups], the learning rates that it applied; of a skipped step, would have applied.
+        lr: float64[n, num_groups], the learning rates that it applied, or would have applied if not skipped.
         momentum: float64[n, num_groups], the momentum (Adam's beta1) that it applied.
         grad_norm: float64[n], the norm of the unscaled gradients; NaN without ``max_grad_norm``.
         clip_coefficient: float64[n], the factor that clipped them; 1 if they were not clipped.

@@ -316,7 +316,7 @@ def scale_at(step, cycle, part_ptr, valid, scale_table_ptr, overrun_ptr, in_use,
 
 @triton.jit
 def schedule_at(step, group_ptr, valid, settings_ptr, overrun_ptr, SCALE_FNS: tl.constexpr):
-    """Learning rate and momentum of groups at schedule step ``step``, or what else has four such columns.
+    """Learning rate and momentum of groups at schedule step ``step``; or their weight decay, from its own four columns.
 
     And whether it is the last step of a cycle.
 

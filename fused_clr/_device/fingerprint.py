@@ -22,7 +22,7 @@ class Fingerprint:
 
     Args:
         grads: One entry per parameter; None where it has none. Not kept.
-        others: The parameters and whatever else the plan was made for. Kept, and compared too.
+        others: The parameters and the other tensors that the plan was made for. Kept, and compared too.
     """
 
     def __init__(self, grads: Sequence[Tensor | None], others: Sequence[Tensor]) -> None:

@@ -271,7 +271,7 @@ class Moments:
         return steps
 
     def steps_told(self, index: int, counted: int) -> int:
-        """Number of updates where the state has no ``step``: the counted one, unless the state says otherwise.
+        """Number of updates where the state has no ``step``: the counted one, unless the state shows another.
 
         A buffer of zeros that no update has written is still the engine's own, which a skipped step leaves.
         """

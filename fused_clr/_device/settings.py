@@ -38,7 +38,7 @@ class GroupSettings(NamedTuple):
 
     @property
     def tensor_lr(self) -> Tensor | None:
-        """``lr`` if it is a tensor and the group has no schedule, which would replace it; else None."""
+        """``lr`` if it is a tensor and no schedule drives the group; else None."""
         return self.lr if isinstance(self.lr, Tensor) and self.schedule is None else None
 
     @property

@@ -190,7 +190,7 @@ class DeviceState(EngineState):
         run(self._reevaluation, recorded)
 
     def before_step(self) -> bool:
-        """Takes over what was written in place since the last step.
+        """Applies what was written in place since the last step.
 
         Returns:
             Whether the current stream is captured.

@@ -23,7 +23,7 @@ def real_numel(tensor: Tensor) -> int:
 
 
 def has_memory(param: Tensor) -> bool:
-    """Whether a parameter can be stepped: it is not on meta, and no lazy module's that has not seen its input."""
+    """Whether a parameter can be stepped: it is not on meta, and not of a lazy module that has not run."""
     return not (param.is_meta or torch.nn.parameter.is_lazy(param))
 
 

@@ -633,11 +633,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def begin_decay(
         self, steps: int, shape: Literal["1-sqrt", "linear", "cosine"] = "1-sqrt", final_lr: float = 0.0
     ) -> None:
-        """Lets the learning rate of every group fall from its present value, whatever its schedule was.
+        """Lets the learning rate of every group fall from its present value, from any schedule.
 
         Works between the replays of a captured loop, without capturing again. Waits for the device once. A momentum
-        that a schedule drives stays at its present value. Past the decay, every group holds ``final_lr``. Where the
-        weight decay of `FusedAdamW` needs a ``weight_decay_max_lr`` that is None, it becomes the number it stood for.
+        that a schedule drives stays at its present value. Past the decay, every group holds ``final_lr``. If the
+        weight decay of `FusedAdamW` depends on a ``weight_decay_max_lr`` of None, that is set to its present number.
 
         Args:
             steps: Steps of the decay, >= 1. The next step is the first, and applies the present learning rate: the one

@@ -1,4 +1,4 @@
-"""`FusedScheduler`: what the schedulers have in common. Their schedules stand in the optimizer's param groups."""
+"""`FusedScheduler`: what the schedulers have in common. The optimizer's param groups hold their schedules."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def position(arguments: Mapping[str, Any], step: int) -> dict[str, Any]:
 class CosineAnnealingWarmRestarts(BaseLRScheduler):
     """A falling half wave of a cosine again and again; torch's arguments.
 
-    SGDR of Loshchilov & Hutter 2017 (arXiv:1608.03983, eq. 5); see `fused_clr.schedules.CosineRestarts`::
+    SGDR of Loshchilov & Hutter 2017 (arXiv:1608.03983, eq. 5); see `fused_clr.schedules.CosineRestarts`:
 
         lr = eta_min + (initial_lr - eta_min) * (1 + cos(pi * T_cur / T_i)) / 2
 
@@ -43,7 +43,7 @@ class CosineAnnealingWarmRestarts(BaseLRScheduler):
 
     Raises:
         TypeError: ``optimizer`` is not a fused optimizer.
-        ValueError: An argument is not allowed; the optimizer is as it was.
+        ValueError: An argument is not allowed; the optimizer has not changed.
         KeyError: ``last_epoch`` is given and a group has no ``initial_lr``.
 
     Example:

@@ -29,10 +29,10 @@ class SequentialLR(FusedScheduler):
     - Milestones must be strictly increasing and > 0; torch's does not check them.
     - A scheduler may itself be a `SequentialLR` everywhere; torch's raises an error at its milestone.
     - ``last_epoch`` resumes in the middle; torch's begins again with the first scheduler.
-    - Where a scheduler leaves the momentum alone, the momentum is that of the group; torch's keeps what a `OneCycleLR`
-      or `CyclicLR` in the sequence wrote last.
-    - Each scheduler keeps its own base learning rate. Where a `OneCycleLR` stands in the sequence, the first scheduler
-      of torch's begins with the ``initial_lr`` that it wrote, and two of them share the ``max_lr`` of the second.
+    - Where a scheduler does not set the momentum, the group's momentum applies; torch's keeps the last one that a
+      `OneCycleLR` or `CyclicLR` in the sequence wrote.
+    - Each scheduler keeps its own base learning rate. In torch, a `OneCycleLR` in the sequence changes the
+      ``initial_lr`` that the first scheduler begins with, and two of them share the ``max_lr`` of the second.
 
     Args:
         optimizer: A `FusedAdam`, `FusedAdamW` or `FusedSGD`.
@@ -42,7 +42,7 @@ class SequentialLR(FusedScheduler):
 
     Raises:
         TypeError: ``optimizer`` is not a fused optimizer, or an entry of ``schedulers`` not a scheduler of fused_clr.
-        ValueError: An argument is not allowed; the optimizer is as it was.
+        ValueError: An argument is not allowed; the optimizer has not changed.
 
     Example:
         >>> import fused_clr, torch

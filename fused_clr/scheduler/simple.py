@@ -21,8 +21,6 @@ FRAME = frozenset(("base_lrs", "last_epoch"))
 class ConstantLR(BaseLRScheduler):
     """A smaller learning rate for the first steps; `torch.optim.lr_scheduler.ConstantLR`'s arguments.
 
-    ::
-
         lr = initial_lr * factor    before step total_iters
         lr = initial_lr             from it on
 
@@ -37,7 +35,7 @@ class ConstantLR(BaseLRScheduler):
 
     Raises:
         TypeError: ``optimizer`` is not a fused optimizer.
-        ValueError: An argument is not allowed; the optimizer is as it was.
+        ValueError: An argument is not allowed; the optimizer has not changed.
         KeyError: ``last_epoch`` is given and a group has no ``initial_lr``.
 
     Example:
@@ -85,8 +83,6 @@ class ConstantLR(BaseLRScheduler):
 class LinearLR(BaseLRScheduler):
     """A straight line between two shares of the learning rate; `torch.optim.lr_scheduler.LinearLR`'s arguments.
 
-    ::
-
         lr = initial_lr * (start_factor + (end_factor - start_factor) * min(step / total_iters, 1))
 
     See `FusedScheduler` for what all schedulers have in common. Torch's multiplies the learning rate of the step
@@ -101,7 +97,7 @@ class LinearLR(BaseLRScheduler):
 
     Raises:
         TypeError: ``optimizer`` is not a fused optimizer.
-        ValueError: An argument is not allowed; the optimizer is as it was.
+        ValueError: An argument is not allowed; the optimizer has not changed.
         KeyError: ``last_epoch`` is given and a group has no ``initial_lr``.
 
     Example:
@@ -156,8 +152,6 @@ class LinearLR(BaseLRScheduler):
 class ExponentialLR(BaseLRScheduler):
     """The same factor at every step; `torch.optim.lr_scheduler.ExponentialLR`'s arguments.
 
-    ::
-
         lr = initial_lr * gamma**step
 
     See `FusedScheduler` for what all schedulers have in common. It has no end. Torch's multiplies the learning rate of
@@ -170,7 +164,7 @@ class ExponentialLR(BaseLRScheduler):
 
     Raises:
         TypeError: ``optimizer`` is not a fused optimizer.
-        ValueError: An argument is not allowed; the optimizer is as it was.
+        ValueError: An argument is not allowed; the optimizer has not changed.
         KeyError: ``last_epoch`` is given and a group has no ``initial_lr``.
 
     Example:
@@ -207,8 +201,6 @@ class ExponentialLR(BaseLRScheduler):
 class PolynomialLR(BaseLRScheduler):
     """A power of the steps that remain; `torch.optim.lr_scheduler.PolynomialLR`'s arguments.
 
-    ::
-
         lr = initial_lr * (1 - min(step / total_iters, 1))**power
 
     See `FusedScheduler` for what all schedulers have in common. Torch's multiplies the learning rate of the step
@@ -222,7 +214,7 @@ class PolynomialLR(BaseLRScheduler):
 
     Raises:
         TypeError: ``optimizer`` is not a fused optimizer.
-        ValueError: An argument is not allowed; the optimizer is as it was.
+        ValueError: An argument is not allowed; the optimizer has not changed.
         KeyError: ``last_epoch`` is given and a group has no ``initial_lr``.
 
     Example:
@@ -260,7 +252,7 @@ class PolynomialLR(BaseLRScheduler):
 class CosineAnnealingLR(BaseLRScheduler):
     """Half a wave of a cosine; `torch.optim.lr_scheduler.CosineAnnealingLR`'s arguments.
 
-    Loshchilov & Hutter 2017, "SGDR" (arXiv:1608.03983, eq. 5), without restarts::
+    Loshchilov & Hutter 2017, "SGDR" (arXiv:1608.03983, eq. 5), without restarts:
 
         lr = eta_min + (initial_lr - eta_min) * (1 + cos(pi * step / T_max)) / 2
 
@@ -275,7 +267,7 @@ class CosineAnnealingLR(BaseLRScheduler):
 
     Raises:
         TypeError: ``optimizer`` is not a fused optimizer.
-        ValueError: An argument is not allowed; the optimizer is as it was.
+        ValueError: An argument is not allowed; the optimizer has not changed.
         KeyError: ``last_epoch`` is given and a group has no ``initial_lr``.
 
     Example:

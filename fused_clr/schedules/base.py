@@ -77,7 +77,7 @@ class Schedule(ABC):
 
     @property
     def initial_lr(self) -> float:
-        """The learning rate that the first segment starts with, without evaluating the schedule."""
+        """The first learning rate of the first segment. Does not evaluate the schedule."""
         return float(self.parts()[0].segments[0].lr[0])
 
     @property
@@ -101,7 +101,7 @@ class Schedule(ABC):
         return float(end), float(start)
 
     def end_step(self) -> float:
-        """The first step from which the schedule holds its last value; infinity if it goes on to the last step."""
+        """The first step from which the schedule holds its last value; infinity if it never ends."""
         last = self.timeline.parts[-1]
         end = last.start + last.end
         return end if end < END_OF_STEPS else math.inf

@@ -15,7 +15,7 @@ class CosineRestarts(Schedule):
     """A falling half wave of a cosine, again and again, each ``T_mult`` times as long as the one before.
 
     SGDR of Loshchilov & Hutter 2017 (arXiv:1608.03983, eq. 5), with the arguments of
-    `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`::
+    `torch.optim.lr_scheduler.CosineAnnealingWarmRestarts`:
 
         lr = eta_min + (max_lr - eta_min) * (1 + cos(pi * T_cur / T_i)) / 2
 

@@ -24,7 +24,7 @@ class Cyclic(Schedule):
     """A triangular wave of the learning rate between two bounds, and with ``cycle_momentum`` one of beta1.
 
     The policy of Smith 2017, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186, sec. 3), with
-    the arguments of `torch.optim.lr_scheduler.CyclicLR`::
+    the arguments of `torch.optim.lr_scheduler.CyclicLR`:
 
         height   = phase / step_size_up                     while rising, from 0 to 1
                    (period - phase) / step_size_down        while falling, from 1 to 0

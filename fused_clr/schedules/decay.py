@@ -25,8 +25,6 @@ def check_decay(name: str, value: object) -> None:
 class Decay(Schedule):
     """The decay of `WarmupStableDecay` alone, from any learning rate.
 
-    ::
-
         lr = final_lr + (start_lr - final_lr) * remaining    x = step / steps
 
     where ``remaining`` is ``1 - sqrt(x)`` (Hägele et al. 2024, arXiv:2405.18392, sec. 3), ``1 - x`` (linear) or

@@ -13,8 +13,6 @@ from .parts import Part, Scaling, Segment, Shape
 class ExponentialDecay(Schedule):
     """A learning rate that is multiplied by the same factor at every step, as `torch.optim.lr_scheduler.ExponentialLR`.
 
-    ::
-
         lr = start_lr * gamma**step
 
     It has no end. `Exponential` is the same curve from one learning rate to another, where it ends.

@@ -15,7 +15,7 @@ class InverseSqrt(Schedule):
     """A linear warm-up from 0, then a fall with the inverse square root of the step.
 
     Vaswani et al. 2017, "Attention Is All You Need" (arXiv:1706.03762, eq. 3, whose peak is
-    ``(d_model * warmup_steps)**-0.5``); transformers' ``get_inverse_sqrt_schedule``::
+    ``(d_model * warmup_steps)**-0.5``); transformers' ``get_inverse_sqrt_schedule``:
 
         lr = peak_lr * step / warmup_steps          up to step warmup_steps
         lr = peak_lr * sqrt(warmup_steps / step)    after it
@@ -45,7 +45,7 @@ class InverseSqrt(Schedule):
         set_counts(self, "warmup_steps")
 
     def parts(self) -> tuple[Part, ...]:
-        """See `Schedule.parts`: the fall goes on to the end of all schedule steps."""
+        """See `Schedule.parts`: the fall has no end."""
         last_lr = self.peak_lr * math.sqrt(self.warmup_steps / END_OF_STEPS)
         rise = Segment(self.warmup_steps, Shape.LINEAR, (0.0, self.peak_lr))
         fall = Segment(END_OF_STEPS - self.warmup_steps, Shape.INVERSE_SQRT, (self.peak_lr, last_lr))

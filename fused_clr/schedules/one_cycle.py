@@ -18,7 +18,7 @@ class OneCycle(Schedule):
     """One rise to ``max_lr`` and one fall to almost nothing, with the momentum against it.
 
     The 1cycle policy of Smith & Topin 2018, "Super-Convergence" (arXiv:1708.07120, sec. 3), with the arguments of
-    `torch.optim.lr_scheduler.OneCycleLR`::
+    `torch.optim.lr_scheduler.OneCycleLR`:
 
         initial_lr = max_lr / div_factor            min_lr = initial_lr / final_div_factor
         rise       = pct_start * total_steps - 1    steps from initial_lr to max_lr

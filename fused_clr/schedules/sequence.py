@@ -59,8 +59,8 @@ class ScheduleSequence(Schedule):
 def sequence(*schedules: Schedule, milestones: Iterable[int] | None = None) -> Schedule:
     """Schedules one after another, as `torch.optim.lr_scheduler.SequentialLR`.
 
-    A schedule that ends before its milestone holds its last value until then, and the last one for ever, also in
-    replays. Where a schedule does not drive the momentum, the momentum is that of the param group.
+    A schedule that ends before its milestone holds its last value until then. The last schedule holds its last value
+    from its end on, also in replays. Where a schedule does not drive the momentum, the param group's momentum applies.
 
     Args:
         *schedules: At least one. Each begins with its own step 0; may be sequences themselves.

@@ -43,8 +43,6 @@ class Constant(Schedule):
 class Linear(Schedule):
     """A straight line, as `torch.optim.lr_scheduler.LinearLR`.
 
-    ::
-
         lr = start_lr + (end_lr - start_lr) * step / steps
 
     Past its end it holds ``end_lr``, also in replays.
@@ -79,8 +77,6 @@ class Linear(Schedule):
 @dataclasses.dataclass(frozen=True)
 class Exponential(Schedule):
     """The same factor at every step, as `torch.optim.lr_scheduler.ExponentialLR`, from one learning rate to another.
-
-    ::
 
         lr = start_lr * (end_lr / start_lr)**(step / steps)
 
@@ -121,8 +117,6 @@ class Exponential(Schedule):
 class Polynomial(Schedule):
     """A power of the steps that remain, as `torch.optim.lr_scheduler.PolynomialLR`.
 
-    ::
-
         lr = end_lr + (start_lr - end_lr) * (1 - step / steps)**power
 
     Past its end it holds ``end_lr``, also in replays.
@@ -161,7 +155,7 @@ class Polynomial(Schedule):
 class Cosine(Schedule):
     """Half a wave of a cosine, as `torch.optim.lr_scheduler.CosineAnnealingLR`.
 
-    Loshchilov & Hutter 2017, "SGDR" (arXiv:1608.03983, eq. 5), without restarts::
+    Loshchilov & Hutter 2017, "SGDR" (arXiv:1608.03983, eq. 5), without restarts:
 
         lr = end_lr + (start_lr - end_lr) * (1 + cos(pi * step / steps)) / 2
 

@@ -16,7 +16,7 @@ class WarmupStableDecay(Schedule):
 
     Hu et al. 2024, "MiniCPM" (arXiv:2404.06395, sec. 4.2); the "1-sqrt" decay is of Hägele et al. 2024, "Scaling Laws
     and Compute-Optimal Training Beyond Fixed Training Durations" (arXiv:2405.18392, sec. 3); transformers'
-    ``get_wsd_schedule``::
+    ``get_wsd_schedule``:
 
         lr = peak_lr * step / warmup_steps                  in the warm-up
         lr = peak_lr                                        while stable

@@ -16,7 +16,7 @@ TINY_LR = 1e-30
 
 
 def largest_lr(values: Mapping[str, Any]) -> float:
-    """What ``weight_decay_max_lr`` stands for in a group; see `FusedAdamW`."""
+    """The largest learning rate, which a group's weight decay is computed from; see `FusedAdamW`."""
     max_lr, schedule = values.get("weight_decay_max_lr"), values["schedule"]
     if max_lr is None:
         max_lr = values.get("initial_lr", values["lr"]) if schedule is None else schedule.largest_lr

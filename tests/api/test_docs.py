@@ -21,6 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("**/*.m
 # Pages with code, and what it prints: a regular expression. `test_contributing.py` tests the code of CONTRIBUTING.md.
 PRINTED = {
     "README.md": r"Status\(schedule_step=3, .*\)\n",
+    "docs/averaging.md": r"\[4\]\nTrue\nTrue\n",
     "docs/captured-loops.md": r"[-+.\de]+ Status\(schedule_step=200, .*\)\n220 0\n",
     "docs/choosing-the-bounds.md": r"base_lr: where the loss starts to fall; max_lr: where it turns\n",
     "docs/faq.md": r"0\.0001\n",
@@ -55,7 +56,10 @@ def test_no_page_with_code_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("page", sorted(PRINTED.keys() - {"docs/frameworks.md", "docs/multi-gpu.md"}))
-def test_code_of_pages(page: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_pages(
+    page: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     # Where a page says what happens without a GPU.
     monkeypatch.delenv("FUSED_CLR_BACKEND", raising=False)
     names = run(page)

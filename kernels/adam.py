@@ -14,6 +14,9 @@ DECAY_CONSTANT = tl.constexpr(4)
 DECAY_LINEAR = tl.constexpr(5)
 DECAY_SQUARE = tl.constexpr(6)
 
+# The smallest normal float32. Smaller second moments count as this, the root of which is 1e-19.
+TINY = tl.constexpr(1.1754943508222875e-38)
+
 
 @triton.jit
 def adam_scalars(lr, momentum, weight_decay, update_step, group_row_ptr):
@@ -45,6 +48,42 @@ def adam_scalars(lr, momentum, weight_decay, update_step, group_row_ptr):
 
 
 @triton.jit
+def square_root(x):
+    """``sqrt(x)``, correctly rounded.
+
+    Refines the approximate root with what the compiler's own root does, but without its branch: that would take the
+    slow path of special cases for every 0, which is what untouched rows of an embedding hold.
+
+    Args:
+        x: float32 block of at least TINY and below inf; NaN stays NaN.
+
+    Returns:
+        float32 block.
+    """
+    reciprocal = tl.rsqrt(x)
+    root = x * reciprocal
+    return tl.fma(tl.fma(-root, root, x), 0.5 * reciprocal, root)
+
+
+@triton.jit
+def quotient(x, y):
+    """``x / y``, correctly rounded unless ``x`` is so small that a remainder underflows. See ``square_root``.
+
+    Args:
+        x: float32 block.
+        y: float32 block, normal and positive; NaN stays NaN.
+
+    Returns:
+        float32 block.
+    """
+    reciprocal = tl.rsqrt(y)
+    reciprocal *= reciprocal
+    reciprocal = tl.fma(tl.fma(-y, reciprocal, 1.0), reciprocal, reciprocal)
+    ratio = x * reciprocal
+    return tl.fma(tl.fma(-y, ratio, x), reciprocal, ratio)
+
+
+@triton.jit
 def adam_update(param, grad, states, scalars):
     """The element update; with three states AMSGrad's (Reddi et al. 2018, algorithm 2).
 
@@ -67,9 +106,10 @@ def adam_update(param, grad, states, scalars):
     param = param * decay_factor
     exp_avg += one_minus_beta1 * (grad - exp_avg)
     # As torch's fused kernels, the factor goes before the square, which would overflow for a gradient of 3e19.
-    next_exp_avg_sq = exp_avg_sq + (one_minus_beta2 * grad * grad - one_minus_beta2 * exp_avg_sq)
+    grad_sq = one_minus_beta2 * grad * grad
+    next_exp_avg_sq = exp_avg_sq + (grad_sq - one_minus_beta2 * exp_avg_sq)
     # inf - inf would be NaN. As in torch, a second moment that overflowed stays infinite: its element stops.
-    exp_avg_sq = tl.where(exp_avg_sq == float("inf"), exp_avg_sq, next_exp_avg_sq)
+    exp_avg_sq = tl.where(next_exp_avg_sq < float("inf"), next_exp_avg_sq, exp_avg_sq + grad_sq)
     new_states = (exp_avg, exp_avg_sq)
     second_moment = exp_avg_sq
     if len(states) == 3:
@@ -79,6 +119,8 @@ def adam_update(param, grad, states, scalars):
         denominator = tl.sqrt(second_moment) * bias_correction2_rsqrt + eps
         param -= step_size * (exp_avg / denominator)
     else:
-        denominator = tl.sqrt_rn(second_moment) * bias_correction2_rsqrt + eps
-        param -= step_size * tl.div_rn(exp_avg, denominator)
+        normal = tl.maximum(second_moment, TINY, propagate_nan=tl.PropagateNan.ALL)
+        ratio = quotient(exp_avg, square_root(normal) * bias_correction2_rsqrt + eps)
+        # 0 where the second moment is infinite.
+        param -= step_size * tl.where(second_moment < float("inf"), ratio, exp_avg * tl.rsqrt(normal))
     return param, new_states

@@ -33,6 +33,30 @@ def test_a_huge_gradient_freezes_nothing(backend: str, amsgrad: bool) -> None:
     assert torch.isfinite(optimizers[0].state[ours]["exp_avg_sq"]).all()
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("gradient", [0.0, 1.0, 1e25, -math.inf, math.nan], ids=str)
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_second_moments_at_the_edges(backend: str, gradient: float, amsgrad: bool) -> None:
+    # Zero, subnormal, small, overflowed and lost; the root of the smallest normal float32 is far below eps.
+    values = {
+        "exp_avg": torch.tensor([0.0, 1e-21, 1e-18, -1e18, 1.0, 1.0, math.nan]),
+        "exp_avg_sq": torch.tensor([0.0, 1e-41, 1e-35, 1e38, math.inf, math.nan, math.nan]),
+    }
+    values |= {"max_exp_avg_sq": values["exp_avg_sq"].clone()} if amsgrad else {}
+    ours, theirs = (torch.nn.Parameter(torch.ones(7)) for _ in range(2))
+    theirs_optimizer = torch.optim.Adam([theirs], 0.1, amsgrad=amsgrad, fused=True)
+    optimizers = FusedAdam([ours], lr=0.1, amsgrad=amsgrad), theirs_optimizer
+    for param, optimizer in zip((ours, theirs), optimizers, strict=True):
+        optimizer.state[param] = {"step": torch.tensor(3.0)} | {key: value.clone() for key, value in values.items()}
+        param.grad = torch.full((7,), gradient)
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, equal_nan=True)
+    for key, value in optimizers[1].state[theirs].items():
+        # Torch's fused kernel on the CPU drops a NaN there, its other ones do not.
+        if key != "max_exp_avg_sq" or not math.isnan(gradient):
+            torch.testing.assert_close(optimizers[0].state[ours][key], value, rtol=1e-6, atol=1e-44, equal_nan=True)
+
+
 def scaled_step(optimizer: Any, params: list[torch.nn.Parameter], gradient: torch.Tensor, scale: float) -> None:
     """A step under GradScaler, whose gradients are multiplied by a scale."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)

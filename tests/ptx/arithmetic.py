@@ -127,6 +127,17 @@ def top_bits_reciprocal(x: Any) -> Any:
     return ((1 / (x.view(np.uint64) & high).view(np.float64)).view(np.uint64) & high).view(np.float64)
 
 
+def approximate_reciprocal_root(x: Any) -> Any:
+    """rsqrt.approx.ftz.f32: within the relative error that PTX allows, 2**-22.9, and not the nearest float32."""
+    x = flush(x)
+    exact = 1 / np.sqrt(x.astype(np.float64))
+    rounded = exact.astype(np.float32)
+    # Some hardware or other: a neighbour of the nearest, by the argument's bits.
+    up = ((x.view(np.uint32) >> np.uint32(3)) ^ x.view(np.uint32)) & np.uint32(1)
+    neighbour = np.nextafter(rounded, np.where(up == 1, np.float32(np.inf), np.float32(0)))
+    return np.where(np.abs(neighbour / exact - 1) <= 2.0**-22.9, neighbour, rounded)
+
+
 def comparison(name: str, kind: str) -> Callable[[Any, Any], Any]:
     """A comparison of ``setp``; one whose name ends in u is true of NaN."""
     if not is_float(kind):

@@ -99,6 +99,12 @@ def _reciprocal(o: Operands, kind: str) -> Signature:
     return kind, [kind], _rounded(o, kind, lambda x: x.dtype.type(1) / x)
 
 
+def _reciprocal_root(o: Operands, kind: str) -> Signature:
+    if kind != "f32" or not (o.take("approx") and o.take("ftz")):
+        raise o.refuse("another root")
+    return kind, [kind], arithmetic.approximate_reciprocal_root
+
+
 def _shift(o: Operands, kind: str) -> Signature:
     if not (o.take("l") and o.take("wrap")):
         raise o.refuse("another direction or clamping")
@@ -127,6 +133,7 @@ SIGNATURES: dict[str, Callable[[Operands, str], Signature]] = {
     "abs": _simple(np.abs, 1),
     "sqrt": _floats(np.sqrt, 1),
     "rcp": _reciprocal,
+    "rsqrt": _reciprocal_root,
     "and": _integers(np.bitwise_and),
     "or": _integers(np.bitwise_or),
     "xor": _integers(np.bitwise_xor),

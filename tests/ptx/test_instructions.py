@@ -163,6 +163,13 @@ FLOATS = {
     "rcp": Case("rcp.rn.f64 {d}, {a};", "f64", "f64", lambda a: 1 / a),
     # Of 20 bits of mantissa, in the argument and in the result.
     "rcp.approx": Case("rcp.approx.ftz.f64 {d}, {a};", "f64", "f64", lambda a: 1 / a, rtol=2.0**-18),
+    "rsqrt.approx": Case(
+        "rsqrt.approx.ftz.f32 {d}, {a};",
+        "f32",
+        "f32",
+        lambda a: 1 / np.sqrt(np.where(np.abs(a) < 2.0**-126, 0, a.astype(np.float64))),
+        rtol=2.0**-22.9,
+    ),
 }
 CONVERSIONS = {
     "f32 to bf16": Case("cvt.rn.bf16.f32 {d}, {a};", "bf16", "f32", nearest_bfloat16),

@@ -19,6 +19,7 @@ class Launch(NamedTuple):
         options: Compile options.
         device: Where it runs.
         compiled: What it was compiled to; None in the interpreter.
+        words: ``arguments`` with addresses in place of tensors, which compiled code takes as well.
     """
 
     kernel: Any
@@ -27,6 +28,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]
     device: torch.device
     compiled: Any
+    words: tuple[Any, ...]
 
 
 # Recorders of `fused_clr.testing.record_launches`, innermost last.
@@ -52,15 +54,20 @@ def make_launch(kernel: Any, grid: int, options: dict[str, Any], device: torch.d
             compiled = kernel.warmup(*ordered, grid=(grid,), **options)
             # Loads the code now: a first launch inside a capture would, and the driver refuses it there.
             compiled._init_handles()
-    return Launch(kernel, grid, ordered, options, device, compiled)
+    return Launch(kernel, grid, ordered, options, device, compiled, tuple(map(_word, ordered)))
+
+
+def _word(argument: Any) -> Any:
+    return argument.data_ptr() if isinstance(argument, torch.Tensor) else argument
 
 
 def replace_arguments(launch: Launch, replaced: dict[str, Any]) -> Launch:
     """The launch with other values for arguments that the kernel is not specialised on."""
-    arguments = list(launch.arguments)
+    arguments, words = list(launch.arguments), list(launch.words)
     for name, value in replaced.items():
-        arguments[launch.kernel.arg_names.index(name)] = value
-    return launch._replace(arguments=tuple(arguments))
+        index = launch.kernel.arg_names.index(name)
+        arguments[index], words[index] = value, _word(value)
+    return launch._replace(arguments=tuple(arguments), words=tuple(words))
 
 
 def run(launch: Launch, recorded: bool = True, **replaced: Any) -> None:
@@ -79,7 +86,34 @@ def run(launch: Launch, recorded: bool = True, **replaced: Any) -> None:
     if launch.compiled is None:
         launch.kernel[(launch.grid,)](*launch.arguments, **launch.options)
     elif launch.device.index == torch.cuda.current_device():
-        launch.compiled[(launch.grid, 1, 1)](*launch.arguments)
+        _start(launch)
     else:
         with torch.cuda.device(launch.device):
-            launch.compiled[(launch.grid, 1, 1)](*launch.arguments)
+            _start(launch)
+
+
+def _start(launch: Launch) -> None:
+    """Launches compiled code on the current device, as ``compiled[grid]`` does, in half the time."""
+    runtime, driver = _triton()
+    compiled = launch.compiled
+    if _has_calls(runtime.launch_enter_hook) or _has_calls(runtime.launch_exit_hook):
+        # Profilers ask for more.
+        compiled[(launch.grid, 1, 1)](*launch.arguments)
+        return
+    stream = driver.active.get_current_stream(launch.device.index)
+    # Without metadata for hooks, and without hooks.
+    nothing = None, None, None
+    compiled.run(launch.grid, 1, 1, stream, compiled.function, compiled.packed_metadata, *nothing, *launch.words)
+
+
+def _has_calls(hook: Any) -> bool:
+    # A chain of functions, or a function or None that somebody has put in its place.
+    return bool(getattr(hook, "calls", hook))
+
+
+@cache
+def _triton() -> tuple[Any, Any]:
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    return knobs.runtime, driver

@@ -125,6 +125,15 @@ def emulate_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             run(launch, recorded, **replaced)
 
+    capture_step = graphs.GraphedStep._capture
+
+    def capture_of_zeros(*arguments: Any) -> Any:
+        # It runs, before the inputs are there: any indices among them must exist.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "empty_like", torch.zeros_like)
+            return capture_step(*arguments)
+
+    monkeypatch.setattr(graphs.GraphedStep, "_capture", capture_of_zeros)
     monkeypatch.setattr(TritonEngine, "_prepare_capture", hidden_from_the_capture)
     monkeypatch.setattr(launcher, "run", run_unless_captured)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", EmulatedGraph)

@@ -1,0 +1,1 @@
+"""Training loops of other frameworks, captured: one module a framework, which imports it."""

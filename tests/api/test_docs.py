@@ -26,6 +26,7 @@ PRINTED = {
     "docs/choosing-the-bounds.md": r"base_lr: where the loss starts to fall; max_lr: where it turns\n",
     "docs/faq.md": r"0\.0001\n",
     "docs/frameworks.md": r"(?s).*",
+    "docs/integrations.md": r"(?s)(.*\n)?16 True\n.*\n10\nTrue\n",
     "docs/migration.md": "",
     "docs/multi-gpu.md": r"[.\d]+ 3\n",
     "docs/quick-start.md": (
@@ -34,6 +35,10 @@ PRINTED = {
     ),
     "docs/schedules.md": r"4e-05 1e-05 1e-05 500\n0\.0001\n",
 }
+
+
+# Those have tests of their own.
+OTHERS = {"docs/frameworks.md", "docs/integrations.md", "docs/multi-gpu.md"}
 
 
 def code_of(page: str) -> str:
@@ -55,7 +60,7 @@ def test_no_page_with_code_is_left_out() -> None:
     assert with_code - {"CONTRIBUTING.md"} == set(PRINTED)
 
 
-@pytest.mark.parametrize("page", sorted(PRINTED.keys() - {"docs/frameworks.md", "docs/multi-gpu.md"}))
+@pytest.mark.parametrize("page", sorted(PRINTED.keys() - OTHERS))
 def test_code_of_pages(
     page: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -84,6 +89,15 @@ def test_code_of_the_page_on_frameworks(tmp_path: Path, monkeypatch: pytest.Monk
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     lightning.Trainer(max_steps=4, enable_checkpointing=False, **quiet).fit(module, loader)
     assert module.optimizers().optimizer.status().applied_steps == 4
+
+
+@pytest.mark.filterwarnings("default")
+def test_code_of_the_page_on_integrations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("docs/integrations.md")
+    assert re.fullmatch(PRINTED["docs/integrations.md"], capsys.readouterr().out)
 
 
 def test_code_of_the_page_on_several_gpus(tmp_path: Path) -> None:

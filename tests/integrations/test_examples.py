@@ -21,12 +21,13 @@ from unittest import mock
 import pytest
 import torch
 
-from fused_clr import schedules
+import fused_clr
+from fused_clr import GraphedStep, schedules
 
 pytestmark = pytest.mark.filterwarnings("default")
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = {"plain", "captured", "trainer", "lightning_fit", "fsdp"}
+EXAMPLES = {"accelerate_loop", "actor_critic", "captured", "fsdp", "lightning_fit", "plain", "trainer"}
 
 
 def start(name: str, *arguments: Any, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
@@ -135,6 +136,60 @@ def test_frameworks(tmp_path: Path, name: str) -> None:
 def test_captured() -> None:
     """Without CUDA there is no graph."""
     assert "step 20, 0 graph" in run_here("captured", "--steps", 20)
+
+
+def test_accelerate_loop() -> None:
+    assert run_here("accelerate_loop", "--steps", 25).startswith("step 20, loss ")
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_actor_critic_captured_is_torchs() -> None:
+    """Two optimizers and two target networks in one graph, against torch's pairs in the same update, run eagerly."""
+    module = runpy.run_path(str(ROOT / "examples" / "actor_critic.py"))
+
+    def run(kind: str) -> tuple[Any, list[float]]:
+        torch.manual_seed(0)
+        update = module["Update"]()
+        optimizers = [update.critic_optimizer, update.actor_optimizer]
+        graphed = update
+        if kind == "ours":
+            graphed = GraphedStep(update, optimizers, num_warmup_iters=1)
+        else:
+            pairs = [torch_pair(optimizer) for optimizer in optimizers]
+            update.critic_optimizer, update.actor_optimizer = (SteppedTogether(*pair) for pair in pairs)
+        generator = torch.Generator().manual_seed(1)
+        losses = [float(graphed(*module["transitions"](8, generator))[0]) for _ in range(12)]
+        if kind == "ours":
+            assert graphed.num_graphs == 1
+        return update, losses
+
+    (ours, losses), (theirs, wanted) = run("ours"), run("torch")
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    for name in ("actor", "critic", "target_actor", "target_critic"):
+        for a, b in zip(getattr(ours, name).parameters(), getattr(theirs, name).parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    assert "step 5, critic loss " in run_here("actor_critic", "--steps", 5)
+
+
+def torch_pair(optimizer: fused_clr.FusedAdam) -> tuple[Any, ...]:
+    schedule: Any = optimizer.param_groups[0]["schedule"]
+    peer = torch.optim.Adam(optimizer.param_groups[0]["params"])
+    arguments = {"base_lr": schedule.base_lr, "max_lr": schedule.max_lr, "step_size_up": schedule.step_size_up}
+    return peer, torch.optim.lr_scheduler.CyclicLR(peer, **arguments), optimizer.max_grad_norm
+
+
+class SteppedTogether:
+    """Torch's optimizer and scheduler, and clipping, in one call."""
+
+    def __init__(self, optimizer: Any, scheduler: Any, max_norm: float | None) -> None:
+        self.optimizer, self.scheduler, self.max_norm = optimizer, scheduler, max_norm
+        self.zero_grad = optimizer.zero_grad
+
+    def step(self) -> None:
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.max_norm)
+        self.optimizer.step()
+        self.scheduler.step()
 
 
 def test_fsdp_resumes_with_another_number_of_processes(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 PARTS := steps-small
 DEVICE := cpu
 
-.PHONY: setup demo test ptx pretended-gpu lint types audit docs bench compat
+.PHONY: setup demo test ptx pretended-gpu lint types audit docs bench
 
 setup: $(INSTALLED)
 
@@ -20,12 +20,13 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/fused-clr demo
 
-# Two processes: one has Triton's interpreter switched on, and in the other kernels are compiled.
+# One process has Triton's interpreter switched on, in another kernels are compiled; the last runs the examples of docstrings.
 test: $(INSTALLED)
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --hypothesis-profile=ci --benchmark-disable
 	FUSED_CLR_TEST_PTX=90 $(BIN)/pytest tests/ptx -m ptx --numprocesses 2 --dist worksteal
+	$(BIN)/pytest -p tests.conftest --doctest-modules fused_clr --ignore=fused_clr/kernels
 
-# The same for two capabilities and other orders of warps, and the comparisons with torch on compiled kernels.
+# The second for two capabilities and other orders of warps, and the comparisons with torch on compiled kernels.
 COMPARISONS := parity clipping skipping replay captures
 ptx: $(INSTALLED)
 	for capability in 80 90; do \
@@ -40,6 +41,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 types: $(INSTALLED)
 	$(BIN)/mypy
@@ -59,10 +61,6 @@ bench: $(INSTALLED)
 			--benchmark-json=bench/results/$$part-$(DEVICE).json || exit; \
 		$(BIN)/python -m bench.report bench/results/$$part-$(DEVICE).json || exit; \
 	done
-
-# In environments of its own, under .compat.
-compat:
-	$(PYTHON) tests/compat.py
 
 # In an environment of its own, under .pretended-gpu: gigabytes.
 pretended-gpu:

@@ -1,4 +1,4 @@
-"""The command line: ``fused-clr demo``, ``fused-clr plot`` and ``fused-clr range-test``."""
+"""The command line: ``fused-clr demo``, ``fused-clr plot``, ``fused-clr range-test`` and ``fused-clr env``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import argparse
 import ast
 import math
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fused_clr import schedules
+from fused_clr import __version__, schedules
 from fused_clr._curves import RULES
 from fused_clr.range_test import MODES
 from fused_clr.schedules import Cyclic, Schedule
@@ -27,6 +29,8 @@ DEFAULT_STEPS = 12_000
 
 # What an expression may call.
 SCHEDULES = [name for name in schedules.__all__ if name not in ("Part", "Scaling", "Schedule", "Segment", "Shape")]
+# Beside our own, what `env` prints the versions of.
+PACKAGES = ("torch", "triton", "numpy", "accelerate", "lightning", "transformers")
 # Arguments of `Cyclic`, and options of ``plot``.
 CYCLIC_OPTIONS = (
     *("mode", "base_lr", "max_lr", "step_size_up", "step_size_down", "gamma"),
@@ -93,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     count, seed = _whole_number(1, MOST_STEPS), _whole_number(0, MAX_SEED)
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="fused-clr", description="Adam and the cyclical learning rate in one launch.")
+    parser.add_argument("--version", action="version", version=f"fused-clr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="torch's Adam and CyclicLR against ours", formatter_class=formatter)
@@ -131,7 +136,37 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument("--out", type=_picture, default=Path("out/range-test.png"), help="picture to write")
     test.add_argument("--csv", type=Path, help="file to write the curve to")
     test.set_defaults(run=_run_range_test, packages=" ".join(OPTIONAL_MODULES.values()), error=test.error)
+
+    env = commands.add_parser("env", help="versions and GPUs, for bug reports")
+    env.set_defaults(run=_run_env)
     return parser
+
+
+def _run_env(_: argparse.Namespace) -> None:
+    print("\n".join(f"{name + ':':14}{value}" for name, value in environment()))
+
+
+def environment() -> list[tuple[str, str]]:
+    """What a bug report needs: versions, GPUs, and the variables that choose a backend."""
+    lines = [("fused-clr", __version__), ("python", f"{platform.python_version()}, {platform.platform()}")]
+    for package in PACKAGES:
+        try:
+            # Not its ``__version__``: importing some of them takes seconds.
+            lines.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            lines.append((package, "not installed"))
+    lines.append(
+        ("torch build", f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}, commit {torch.version.git_version}")
+    )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = getattr(properties, "gcnArchName", f"sm_{properties.major}{properties.minor}")
+        memory = f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} multiprocessors"
+        lines.append((f"GPU {index}", f"{properties.name}, {capability}, {memory}"))
+    if not torch.cuda.device_count():
+        lines.append(("GPU", "none that torch sees"))
+    lines += [(name, os.environ[name]) for name in ("FUSED_CLR_BACKEND", "TRITON_INTERPRET") if name in os.environ]
+    return lines
 
 
 def _run_demo(options: argparse.Namespace) -> None:

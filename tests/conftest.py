@@ -88,6 +88,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def torch_in_examples(doctest_namespace: dict[str, object]) -> None:
+    """Examples in docstrings may use torch without importing it."""
+    doctest_namespace["torch"] = torch
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` need one, those marked `ptx` compiled kernels; the others need the interpreter."""
     on_gpu = os.environ.get("FUSED_CLR_TEST_GPU") == "1" and torch.cuda.is_available()

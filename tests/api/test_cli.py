@@ -1,9 +1,12 @@
 """The command line: what it writes, what it says, and how it fails."""
 
 import os
+import platform
+import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,6 +246,32 @@ def test_ctrl_c_ends_with_130_and_no_traceback(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_run_plot", interrupted)
     assert cli.main(["plot"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["--version"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out == f"fused-clr {fused_clr.__version__}\n"
+
+
+def test_env_prints_what_a_bug_report_needs(capsys, monkeypatch):
+    monkeypatch.setenv("FUSED_CLR_BACKEND", "cpu")
+    monkeypatch.setattr(cli, "PACKAGES", (*cli.PACKAGES, "no-such-package"))
+    assert cli.main(["env"]) == 0
+    printed = dict(re.split(r":\s*", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed["fused-clr"] == fused_clr.__version__
+    assert printed["torch"] == torch.__version__
+    assert printed["python"].startswith(platform.python_version())
+    assert printed["no-such-package"] == "not installed"
+    assert printed["FUSED_CLR_BACKEND"] == "cpu"
+    assert printed["GPU"] == "none that torch sees"
+
+    # What a machine with two would print.
+    gpu = SimpleNamespace(name="H200", major=9, minor=0, total_memory=139 * 2**30, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert dict(cli.environment())["GPU 1"] == "H200, sm_90, 139 GiB, 132 multiprocessors"
 
 
 def test_module_runs_the_command_line(capsys, monkeypatch):

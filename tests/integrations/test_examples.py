@@ -158,7 +158,7 @@ def test_actor_critic_captured_is_torchs() -> None:
             pairs = [torch_pair(optimizer) for optimizer in optimizers]
             update.critic_optimizer, update.actor_optimizer = (SteppedTogether(*pair) for pair in pairs)
         generator = torch.Generator().manual_seed(1)
-        losses = [float(graphed(*module["transitions"](8, generator))[0]) for _ in range(12)]
+        losses = [float(graphed(*module["transitions"](8, generator))[0]) for _ in range(8)]
         if kind == "ours":
             assert graphed.num_graphs == 1
         return update, losses

@@ -28,7 +28,10 @@ from fused_clr.schedules import Cyclic
 CPU = torch.device("cpu")
 CYCLES = 6
 # The first cycle is for getting near, as in the paper.
-AVERAGES = {"SWA": lambda cycle: Averaging.swa(start=cycle), "EMA": lambda cycle: Averaging.ema(0.99)}
+AVERAGES: dict[str, Callable[[int], Averaging]] = {
+    "SWA": lambda cycle: Averaging.swa(start=cycle),
+    "EMA": lambda cycle: Averaging.ema(0.99),
+}
 CONTEXT, BATCH = 8, 64
 # Loss and accuracy on data that was not trained on.
 Task = tuple[nn.Module, Callable[[], Tensor], Callable[[], tuple[float, float]], Cyclic]

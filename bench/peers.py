@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import CyclicLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_clr
 from bench import package_internals
@@ -19,6 +20,7 @@ from bench.cases import MAX_GRAD_NORM
 
 CYCLE: dict[str, Any] = {"base_lr": 2.5e-4, "max_lr": 1e-3, "step_size_up": 2000, "mode": "triangular2"}
 BETAS = (0.9, 0.999)
+EMA_DECAY = 0.999
 NO_MOMENTUM = "no CyclicLR momentum: beta1 is constant"
 FROZEN_BETA1 = "beta1 is frozen in the graph; CyclicLR writes lr from the host between replays"
 FROZEN = "lr and beta1 are frozen in the graph"
@@ -146,9 +148,21 @@ def _torch_sgd(request: Request) -> Stepper:
     return _pair(request, torch.optim.SGD(request.groups, lr=1e-3, momentum=0.9, fused=True))
 
 
-def _fused_clr(request: Request, kind: Any = fused_clr.FusedAdam) -> Stepper:
+def _torch_ema(request: Request) -> Stepper:
+    stepper = REFERENCE.build(request)
+    module = torch.nn.ParameterList(param for group in request.groups for param in group["params"])
+    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+
+    def update() -> None:
+        stepper.update()
+        averaged.update_parameters(module)
+
+    return replace(stepper, update=update)
+
+
+def _fused_clr(request: Request, kind: Any = fused_clr.FusedAdam, **options: Any) -> Stepper:
     clipping: dict[str, Any] = {"max_grad_norm": MAX_GRAD_NORM} if request.clips else {}
-    optimizer = kind(request.groups, lr=1e-3, **clipping)
+    optimizer = kind(request.groups, lr=1e-3, **clipping, **options)
     scheduler = fused_clr.CyclicLR(optimizer, **CYCLE)
     # In a graph, the schedule needs nothing from the host.
     return Stepper(optimizer.step, None if request.captured else scheduler.step, keeps=scheduler)
@@ -205,9 +219,18 @@ HEAVYBALL = "eps is a lower bound of the root, not added to it; stochastic round
 TRANSFORMER_ENGINE = _fused_adam_of("transformer_engine.pytorch.optimizers")
 TORCH_SGD = Peer("torch SGD fused", _torch_sgd, "", "lr and momentum are frozen in the graph", states=1)
 SGD = "momentum cycles; compared with torch's SGD(fused=True) and CyclicLR"
+TORCH_EMA = Peer("torch fused EMA", _torch_ema, "", f"{FROZEN}, and so is the count of averages", states=3)
+EMA = "an EMA of the parameters at every step; compared with torch's pair and AveragedModel"
 PEERS = (
     OURS,
     Peer("SGD fused-clr", partial(_fused_clr, kind=fused_clr.FusedSGD), SGD, reference=TORCH_SGD, states=1),
+    Peer(
+        "EMA fused-clr",
+        partial(_fused_clr, averaging=fused_clr.Averaging.ema(EMA_DECAY)),
+        EMA,
+        reference=TORCH_EMA,
+        states=3,
+    ),
     Peer("torch foreach", _torch_pair(foreach=True), "", FROZEN),
     TORCH_CAPTURABLE,
     Peer("torch fused tensor-lr", _torch_pair(fused=True, lr_is_tensor=True), "", FROZEN_BETA1),

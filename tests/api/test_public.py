@@ -27,6 +27,7 @@ WITHOUT_EXAMPLES = {
 
 def test_public_names() -> None:
     classes = [
+        "Averaging",
         "CapturedStep",
         "FusedAdam",
         "FusedAdamW",
@@ -50,7 +51,7 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", [*MODULES, "optim", "graphs", "convert", "range_test"])
+@pytest.mark.parametrize("module", [*MODULES, "averaging", "optim", "graphs", "convert", "range_test"])
 def test_public_modules_have_examples(module: str) -> None:
     """``make test`` runs them, by ``--doctest-modules``."""
     found = doctest.DocTestFinder().find(importlib.import_module(f"fused_clr.{module}"))

@@ -18,7 +18,7 @@ from .engine import CLIP_EPS, EngineState, Snapshot
 from .settings import GroupSettings, Options
 
 # A Python number would be converted at every step.
-ONE = np.ones(1, np.float32)
+ONE = np.ones((), np.float32)
 
 
 class CpuState(EngineState):

@@ -200,6 +200,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: A hyperparameter or parameter is not allowed, or one is missing.
         """
+        if set(map(type, self.param_groups)) == {ParamGroup}:
+            return self.param_groups
         groups: list[Any] = list(self.param_groups)
         for index, group in enumerate(groups):
             if isinstance(group, ParamGroup):

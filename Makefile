@@ -51,7 +51,7 @@ audit: $(INSTALLED)
 
 # The site, into out/site. A link that leads nowhere is an error.
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'to read it: $(BIN)/python -m http.server --directory out/site'
 
 # Results into bench/results, as tables and pictures too: make bench PARTS="steps-small host" ROUNDS=21

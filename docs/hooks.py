@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +21,7 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".cpp": "cpp", ".json": "json", "":
 LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)\s]*)?\)")
 # In backticks, and not the text of a link or of a code block.
 NAMED = re.compile(r"(?<!\[)`((?:\.ci|bench|examples|fused_clr|kernels|tests)/[\w/.-]+\.\w+)`(?!\])")
-FENCED = re.compile(r"(^```.*?^```$|^(?:    .*\n)+)", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"(^```.*?^```$|^(?:    [^\n]*\n)+)", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -49,9 +50,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def named(match: re.Match[str]) -> str:
         return f"[`{match[1]}`]({_relative(page.file, match[1])})" if (ROOT / match[1]).is_file() else match[0]
 
-    pieces = FENCED.split(markdown)
+    pieces = CODE.split(markdown)
     pieces[::2] = [NAMED.sub(named, LINK.sub(link, piece)) for piece in pieces[::2]]
     return "".join(pieces)
+
+
+class Examples(griffe.Extension):
+    """Renames the section ``Example:`` to the one that mkdocstrings knows."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called for everything that is documented."""
+        if obj.docstring:
+            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
 
 
 def _names(file: File) -> set[str]:

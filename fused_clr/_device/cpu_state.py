@@ -202,8 +202,10 @@ class CpuState(EngineState):
         self._average_counts = list(counts)
 
     def count_averages(self) -> list[float]:
-        """Counts the averages of this step. Returns each group's weight, 0 where there is none."""
+        """Counts the averages of this step. Returns each group's weight, 0 where there is none; empty: nowhere."""
         assert self._averaging is not None
+        if self._averaging.every != "cycle" and not self._averaging.is_due(self.host_step, False):
+            return []
         weights = [0.0] * len(self.groups)
         for index, group in enumerate(self.groups):
             ends_cycle = group.schedule is not None and group.schedule.timeline.ends_cycle(self.host_step)

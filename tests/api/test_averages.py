@@ -252,6 +252,22 @@ def test_corrupt_checkpoints(change: Any, message: str) -> None:
     assert all(map(torch.equal, before, [entry["average"] for entry in optimizer.state.values()]))
 
 
+def test_without_parameters_and_with_groups_alone() -> None:
+    optimizer = FusedAdam([{"params": []}], lr=0.1, averaging=Averaging.ema(0.5))
+    optimizer.step()
+    with optimizer.averaged_parameters():
+        pass
+    assert optimizer.averaged_state_dict(nn.Module()) == {}
+    # Parameters that come later are averaged from then on.
+    late = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [late]})
+    for _ in range(2):
+        late.grad = torch.ones(3)
+        optimizer.step()
+    assert optimizer.n_averaged[1] == 2
+    torch.testing.assert_close(optimizer.state[late]["average"], torch.full((3,), -0.15))
+
+
 def test_converted() -> None:
     """`fuse` takes the option; `unfuse` leaves the averages out, if told to."""
     model = Model()

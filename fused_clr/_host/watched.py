@@ -9,7 +9,21 @@ from functools import partial, wraps
 from typing import Any
 
 
-class WatchedDict(dict[Any, Any]):
+class Writes:
+    """The other methods of a dict that write, by means of ``__setitem__`` and ``__delitem__``: dict's own bypass them."""
+
+    pop = MutableMapping.pop
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+    update: Any = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self
+
+
+class WatchedDict(Writes, dict[Any, Any]):
     """A dict that reports every write. Copies and pickles are plain dicts.
 
     Args:
@@ -28,17 +42,6 @@ class WatchedDict(dict[Any, Any]):
     def __delitem__(self, key: Any) -> None:
         super().__delitem__(key)
         self.on_change(key)
-
-    # These call the two methods above. Dict's own versions would write without calling them.
-    pop = MutableMapping.pop
-    popitem = MutableMapping.popitem
-    clear = MutableMapping.clear
-    update = MutableMapping.update
-    setdefault = MutableMapping.setdefault
-
-    def __ior__(self, other: Any) -> Any:
-        self.update(other)
-        return self
 
     def copy(self) -> dict[Any, Any]:
         """A plain dict of the current items."""
@@ -94,7 +97,7 @@ for _name in ("__setitem__", "__delitem__", "__iadd__", "__imul__"):
     setattr(WatchedList, _name, _reported(_name))
 
 
-class OptimizerState(defaultdict[Any, Any]):
+class OptimizerState(Writes, defaultdict[Any, Any]):
     """``optimizer.state``: parameter -> watched dict of its state tensors. A plain dict put into it becomes watched.
 
     Args:
@@ -119,12 +122,6 @@ class OptimizerState(defaultdict[Any, Any]):
         super().__delitem__(key)
         self._tell(key)
 
-    pop = MutableMapping.pop
-    popitem = MutableMapping.popitem
-    clear = MutableMapping.clear
-    update = MutableMapping.update
-    setdefault = MutableMapping.setdefault
-
     def copy(self) -> Any:
         """A defaultdict of the same entries, which does not report writes."""
         return defaultdict(dict, self)
@@ -136,10 +133,6 @@ class OptimizerState(defaultdict[Any, Any]):
 
     def __ror__(self, other: Any) -> Any:
         return defaultdict(dict, other) | self.copy()
-
-    def __ior__(self, other: Any) -> Any:
-        self.update(other)
-        return self
 
     def __reduce__(self) -> Any:
         return dict, (dict(self.items()),)

@@ -1,4 +1,4 @@
-"""`CyclicLR` and param groups: torch's sequences however it is called, floats that are true now."""
+"""`CyclicLR` and param groups: torch's sequences however it is called, and current values as floats."""
 
 from __future__ import annotations
 

@@ -35,20 +35,20 @@ from .layout import (
 
 
 @triton.jit
-def to_pointer(address, offset, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def to_pointer(address, offset, DTYPE: tl.constexpr, PROMISE: tl.constexpr):
     """A pointer to an element of a tensor.
 
     Args:
         address: int64 scalar. The tensor's.
         offset: int64 scalar. The element.
         DTYPE: dtype of the elements.
-        ALIGNED: Promise that the address is a multiple of 16 bytes. A false promise faults.
+        PROMISE: Bytes that the address is a multiple of; 0 promises nothing. A false promise faults.
 
     Returns:
         Pointer to DTYPE.
     """
     pointer = address.to(tl.pointer_type(DTYPE))
-    return (tl.multiple_of(pointer, 16) if ALIGNED else pointer) + offset
+    return (tl.multiple_of(pointer, PROMISE) if PROMISE else pointer) + offset
 
 
 @triton.jit
@@ -125,11 +125,15 @@ def update_chunk(
         ALIGNED: Promise that all addresses are multiples of 16 bytes. A false promise faults.
     """
     COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
-    param_ptr = to_pointer(addresses[0], offset, PARAM_DTYPE, ALIGNED)
-    grad_ptr = to_pointer(addresses[1], offset, GRAD_DTYPE, ALIGNED)
+    # As many elements an access for both dtypes: else one would change to the layout of the other in shared memory.
+    WIDEST: tl.constexpr = max(PARAM_DTYPE.primitive_bitwidth, GRAD_DTYPE.primitive_bitwidth)
+    PROMISE: tl.constexpr = 16 * PARAM_DTYPE.primitive_bitwidth // WIDEST if ALIGNED else 0
+    GRAD_PROMISE: tl.constexpr = 16 * GRAD_DTYPE.primitive_bitwidth // WIDEST if ALIGNED else 0
+    param_ptr = to_pointer(addresses[0], offset, PARAM_DTYPE, PROMISE)
+    grad_ptr = to_pointer(addresses[1], offset, GRAD_DTYPE, GRAD_PROMISE)
     state_ptrs = ()
     for i in tl.static_range(len(addresses) - 2):
-        state_ptrs = state_ptrs + (to_pointer(addresses[2 + i], offset, PARAM_DTYPE, ALIGNED),)
+        state_ptrs = state_ptrs + (to_pointer(addresses[2 + i], offset, PARAM_DTYPE, PROMISE),)
 
     param = tl.load(param_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
     grad = tl.load(grad_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
@@ -411,15 +415,9 @@ def step_kernel(
                     own_scalars_ptr = scalars_ptr
                     unscale = tl.div_rn(clip_coefficient.to(tl.float32), grad_scale)
                 num_updaters = tl.num_programs(0) - num_evaluators
-                first_chunk = program_id - num_evaluators
-                next_word = tl.load(chunk_table_ptr + first_chunk, mask=first_chunk < num_chunks, other=0)
-                for chunk in range(first_chunk, num_chunks, num_updaters):
-                    word = next_word
-                    # The next chunk's early: its loads wait for it.
-                    next_chunk = chunk + num_updaters
-                    next_word = tl.load(chunk_table_ptr + next_chunk, mask=next_chunk < num_chunks, other=0)
+                for chunk in range(program_id - num_evaluators, num_chunks, num_updaters):
                     update(
-                        word,
+                        tl.load(chunk_table_ptr + chunk),
                         slot,
                         tensor_table_ptr,
                         own_scalars_ptr,

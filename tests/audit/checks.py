@@ -32,15 +32,17 @@ class Result(NamedTuple):
 
 
 def bytes_per_element(variant: Variant) -> tuple[int, int]:
-    """Bytes that a kernel has to load and store per element: each tensor once.
+    """Bytes that a kernel has to load and store per element in 128-bit accesses: each tensor once.
 
-    Of a norm over all dtypes: of an element of each.
+    Of a norm over all dtypes: of an element of each. Gradients narrower than their parameter are accessed by narrower
+    words, as many elements at a time.
     """
     if variant.kernel == "norm_kernel":
         return sum(dtype.itemsize for dtype in DTYPES.values()) if variant.all_dtypes else 4, 0
     param, grad = (DTYPES[name].itemsize for name in (variant.param_dtype, variant.grad_dtype))
     # An average is read and written too, in the dtype of the arithmetic.
     others = variant.num_states * param + variant.averages * max(param, 4)
+    grad = grad if grad >= param else 0
     return param + grad + others, param + others + grad * variant.write_back_grads
 
 

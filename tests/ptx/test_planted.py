@@ -75,7 +75,7 @@ FAULTS = {
         "out of bounds: 4 bytes at",
     ),
     "chunks-updated-twice": Fault(
-        "step.py", "chunk + num_updaters\n", "chunk + num_updaters - 1\n", DataRace, "program; .*parameter"
+        "step.py", "num_chunks, num_updaters):", "num_chunks, num_updaters - 1):", DataRace, "program; .*parameter"
     ),
     "the-slot-that-updaters-read": Fault(
         "step.py",

@@ -145,14 +145,6 @@ def evaluate(
     tl.store(live_lane_ptr + NEXT_LR * num_groups, lr, mask=is_group)
     tl.store(live_lane_ptr + NEXT_MOMENTUM * num_groups, momentum, mask=is_group)
 
-    update_step = tl.load(update_steps_ptr + tensor_id, mask=is_tensor, other=0)
-    if ADVANCE:
-        update_step += applied * tl.load(tensor_row_ptr + ACTIVE, mask=is_tensor, other=0)
-        tl.store(update_steps_ptr + tensor_id, update_step, mask=is_tensor)
-        tl.store(step_mirror_ptr + tensor_id, update_step.to(tl.float32), mask=is_tensor)
-
-    scalars = SCALARS(lr, momentum, weight_decay, (update_step + 1).to(tl.float64), group_row_ptr + RULE_COLUMNS)
-    tl.static_assert(len(scalars) <= SCALAR_COLUMNS - RULE_SCALARS, "a rule has too many scalars")
     row = (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
     if HAS_AVERAGING:
         count = tl.load(average_counts_ptr + tensor_id, mask=is_tensor, other=0)
@@ -163,6 +155,15 @@ def evaluate(
             tl.store(average_counts_ptr + tensor_id, count, mask=is_tensor)
         weight = average_weight(step, ends_cycle, count, settings_ptr)
         store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_AVERAGE_WEIGHT, weight, is_tensor)
+
+    update_step = tl.load(update_steps_ptr + tensor_id, mask=is_tensor, other=0)
+    if ADVANCE:
+        update_step += applied * tl.load(tensor_row_ptr + ACTIVE, mask=is_tensor, other=0)
+        tl.store(update_steps_ptr + tensor_id, update_step, mask=is_tensor)
+        tl.store(step_mirror_ptr + tensor_id, update_step.to(tl.float32), mask=is_tensor)
+
+    scalars = SCALARS(lr, momentum, weight_decay, (update_step + 1).to(tl.float64), group_row_ptr + RULE_COLUMNS)
+    tl.static_assert(len(scalars) <= SCALAR_COLUMNS - RULE_SCALARS, "a rule has too many scalars")
     grad_sign = tl.load(group_row_ptr + GRAD_SIGN)
     store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_GRAD_SIGN, grad_sign, is_tensor)
     for i in tl.static_range(len(scalars)):

@@ -85,9 +85,9 @@ def average_idle(
         offset = (word & CHUNK_MASK) * BLOCK_SIZE
         offsets = tl.arange(0, BLOCK_SIZE)
         mask = offsets < tl.load(tensor_row_ptr + NUMEL) - offset
-        param_ptr = to_pointer(tl.load(tensor_row_ptr + PARAM), offset, PARAM_DTYPE, False)
+        param_ptr = to_pointer(tl.load(tensor_row_ptr + PARAM), offset, PARAM_DTYPE, 0)
         param = tl.load(param_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
-        average_ptr = to_pointer(tl.load(tensor_row_ptr + AVERAGE), offset, COMPUTE_DTYPE, False)
+        average_ptr = to_pointer(tl.load(tensor_row_ptr + AVERAGE), offset, COMPUTE_DTYPE, 0)
         average_elements(average_ptr, offsets, mask, param, weight)
 
 
@@ -117,7 +117,7 @@ def update_chunk(
         unscale: float32 or float64 scalar. The factor that unscales and clips gradients.
         grad_sign: Scalar of the same dtype. -1 or 1.
         scalars: Tuple of scalars, see ``UPDATE``.
-        average: Tuple of the address of the parameter's average and its scalar SCALAR_AVERAGE_WEIGHT. Empty: none.
+        average: Tuple of pointers to the address of the parameter's average and to its weight. Empty: there is none.
         UPDATE: The rule's element update.
         PARAM_DTYPE: dtype of the parameter and its state tensors.
         GRAD_DTYPE: dtype of the gradient.
@@ -152,9 +152,10 @@ def update_chunk(
     for i in tl.static_range(len(state_ptrs)):
         tl.store(state_ptrs[i] + offsets, states[i].to(PARAM_DTYPE), mask=mask)
     if len(average) == 2:
-        weight = average[1]
+        # Loaded here, and not with the others: registers.
+        weight = tl.load(average[1])
         if weight != 0:
-            average_ptr = to_pointer(average[0], offset, COMPUTE_DTYPE, ALIGNED)
+            average_ptr = to_pointer(tl.load(average[0]), offset, COMPUTE_DTYPE, 16 if ALIGNED else 0)
             # What was stored, and not what it was rounded from.
             average_elements(average_ptr, offsets, mask, param.to(PARAM_DTYPE).to(COMPUTE_DTYPE), weight)
 
@@ -203,10 +204,8 @@ def update(
     all_addresses = addresses[0]
     for i in tl.static_range(1, len(addresses)):
         all_addresses |= addresses[i]
-    average = ()
     if HAS_AVERAGING:
-        average = (tl.load(tensor_row_ptr + AVERAGE),)
-        all_addresses |= average[0]
+        all_addresses |= tl.load(tensor_row_ptr + AVERAGE)
     aligned = (all_addresses & 15) == 0
 
     scalar_row_ptr = scalars_ptr + (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
@@ -214,8 +213,9 @@ def update(
     scalars = ()
     for i in tl.static_range(RULE_SCALARS, SCALAR_COLUMNS):
         scalars = scalars + (tl.load(scalar_row_ptr + i),)
+    average = ()
     if HAS_AVERAGING:
-        average = average + (tl.load(scalar_row_ptr + SCALAR_AVERAGE_WEIGHT),)
+        average = (tensor_row_ptr + AVERAGE, scalar_row_ptr + SCALAR_AVERAGE_WEIGHT)
 
     # A mask, even if all true, would prevent 128-bit accesses: branch once per chunk instead.
     if aligned & (remaining >= BLOCK_SIZE):
@@ -433,7 +433,8 @@ def step_kernel(
                     )
                 if HAS_AVERAGING:
                     if counts != 0:
-                        for chunk in range(num_chunks + first_chunk, num_chunks + num_idle_chunks, num_updaters):
+                        first = num_chunks + program_id - num_evaluators
+                        for chunk in range(first, num_chunks + num_idle_chunks, num_updaters):
                             average_idle(
                                 tl.load(chunk_table_ptr + chunk),
                                 slot,

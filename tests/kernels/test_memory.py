@@ -105,7 +105,7 @@ def one_chunk_kernel(
         addresses += (tl.load(tensor_table_ptr + i),)
     for i in tl.static_range(RULE_SCALARS, SCALAR_COLUMNS):
         scalars += (tl.load(scalars_ptr + i),)
-    average = (tl.load(tensor_table_ptr + AVERAGE), 1.0)
+    average = (tensor_table_ptr + AVERAGE, scalars_ptr)
     update_chunk(
         addresses,
         tl.zeros((), tl.int64),

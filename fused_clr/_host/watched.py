@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Writes:
-    """The other methods of a dict that write, by means of ``__setitem__`` and ``__delitem__``: dict's own bypass them."""
+    """The other writing methods of a dict, on ``__setitem__`` and ``__delitem__``, which dict's own bypass."""
 
     pop = MutableMapping.pop
     popitem = MutableMapping.popitem

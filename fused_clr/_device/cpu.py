@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, MutableMapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,8 @@ class Batch:
         Returns:
             The gradients; what the kernel divides them by, or None. It writes the quotients into them.
         """
-        own: TensorList = grads if self.is_whole else self.take(grads)  # type: ignore[assignment]
+        # None of a batch's gradients is None.
+        own: TensorList = cast("TensorList", grads) if self.is_whole else self.take(grads)
         if factor == 1.0:
             return self._converted(own), None
         wide = torch.promote_types(torch.promote_types(own[0].dtype, self.params[0].dtype), torch.float32)

@@ -365,10 +365,11 @@ class Engines:
 
     def _telling(self) -> list[Engine]:
         """The engines whose flags count: the current ones, and retired ones that have captured steps."""
-        retired = {id(part.engine): part.engine for capture in self.captures for part in capture.parts}
+        # A capture knows its engine by less than an Engine is.
+        retired: dict[int, Any] = {id(part.engine): part.engine for capture in self.captures for part in capture.parts}
         for engine in self._engines:
             retired.pop(id(engine), None)
-        return [*self._engines, *retired.values()]  # type: ignore[list-item]
+        return [*self._engines, *retired.values()]
 
     @staticmethod
     def _merge(snapshots: Sequence[Snapshot]) -> Status:

@@ -12,6 +12,7 @@ try:
     # What torch.compile checks its inputs with, in C++: half the time of asking each tensor from Python.
     from torch._C._dynamo import guards as dynamo_guards
 except ImportError:
+    # A module by its type.
     dynamo_guards = None  # type: ignore[assignment]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -33,9 +33,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """The part of ``tensor`` in this process: a DTensor's shard, or any other tensor itself. Shares its memory."""
     if not is_dtensor(tensor):
         return tensor
-    local: Any = tensor._local_tensor  # type: ignore[attr-defined]
+    local = cast("Any", tensor)._local_tensor
     # A collective may not have finished yet.
-    return local.wait() if hasattr(local, "trigger_wait") else local  # type: ignore[no-any-return]
+    return cast("Tensor", local.wait() if hasattr(local, "trigger_wait") else local)
 
 
 def local_gradient(param: Tensor, grad: Tensor) -> Tensor:

@@ -185,7 +185,8 @@ class StepPlan:
         if len(self.active) != len(grads):
             active = [grads[index] for index in self.active]
         for index, buffer in self.buffers.items():
-            active[self.active.index(index)] = buffer.copy_(grads[index])  # type: ignore[arg-type]
+            position = self.active.index(index)
+            active[position] = buffer.copy_(active[position])
         states = self.states + self.averages if with_states else ()
         return list(map(Tensor.data_ptr, chain(self.params, active, self.idle_params, states)))
 

@@ -251,7 +251,9 @@ class TritonEngine(Engine):
             launcher.run(launch, **replaced)
         if self._options.write_back_grads:
             for index, buffer in plan.buffers.items():
-                local_tensor(self.parameters.records[index].param.grad).copy_(buffer)  # type: ignore[arg-type]
+                gradient = self.parameters.records[index].param.grad
+                assert gradient is not None
+                local_tensor(gradient).copy_(buffer)
         self.state.host_step += 1
 
     def tick(self) -> None:

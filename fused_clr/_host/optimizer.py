@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import is_not
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # GradScaler then gives its scale and overflow flag to the step, which unscales and skips.
     _step_supports_amp_scaling = True
 
+    # Torch's class has plain dicts.
     param_groups: list[ParamGroup]  # type: ignore[assignment]
 
     @uncompiled
@@ -354,7 +355,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
 
     # Without this mark torch wraps the step to run the hooks, which costs 5.7 us a call.
-    step.hooked = True  # type: ignore[attr-defined]
+    cast("Any", step).hooked = True
 
     def _step(self, closure: Callable[[], T] | None = None) -> T | None:
         loss = None
@@ -381,7 +382,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     # Hooks are given the arguments as the user passed them, by position or by name.
-    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
+    cast("Any", step).__signature__ = inspect.signature(_step)
 
     def _step_engines(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self.refuse_averages("optimizer.step()")

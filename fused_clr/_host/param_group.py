@@ -213,6 +213,7 @@ class ParamGroup(WatchedDict):
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()
 
+    # By their types, these are no dict's: Mapping's methods are less general, and return other views.
     get = Mapping.get  # type: ignore[assignment]
     __eq__ = Mapping.__eq__
     __hash__ = None  # type: ignore[assignment]

@@ -155,7 +155,7 @@ def _with_inf(steps: list[float | None]) -> list[float]:
 
 def figure(results: dict[str, Any]) -> Any:
     """Both parts as a picture."""
-    picture = plotting._figure(12, 4.5)
+    picture = plotting.new_figure(12, 4.5)
     left, right = picture.subplots(1, 2)
     names = list(results["steps_to_target"])
     for index, name in enumerate(names):
@@ -165,7 +165,7 @@ def figure(results: dict[str, Any]) -> Any:
         left.plot([median(steps)], [index], "o", color=colour)
     left.set_yticks(range(len(names)), names, fontsize=8)
     left.invert_yaxis()
-    plotting._label(left, "steps (dot: median)", "", f"steps to a test accuracy of {results['target']:.0%}")
+    plotting.set_labels(left, "steps (dot: median)", "", f"steps to a test accuracy of {results['target']:.0%}")
     for (name, runs), colour, style in zip(
         results["cycle_ends"].items(), (plotting.OURS, plotting.MOMENTUM), ("o-", "s--"), strict=True
     ):
@@ -179,7 +179,7 @@ def figure(results: dict[str, Any]) -> Any:
             label=name,
         )
     right.legend(loc="lower right")
-    plotting._label(right, "steps", "test accuracy (%)", "ends of doubling cycles, and separate runs")
+    plotting.set_labels(right, "steps", "test accuracy (%)", "ends of doubling cycles, and separate runs")
     return picture
 
 

@@ -1,6 +1,7 @@
 """The demo: torch's ``Adam`` and ``CyclicLR`` against ours, on the classic example and on a real training.
 
-It ends with a range test on the same digits, and a training between the bounds that it suggests.
+The training runs between the bounds that a range test on the same digits finds. A captured loop shows that torch's
+learning rate freezes in it, and ours does not. ``demo.png`` has all of it on one page.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -24,6 +27,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from fused_clr import CyclicLR, FusedAdam, RangeTest, plotting, range_test, suggest_step_size
+from fused_clr._captured_demo import CapturedLoop, captured_loops
+from fused_clr._demo_page import demo_page
 from fused_clr.schedules import Cyclic
 
 # Torch's fastest Adam (fused=True, see make_pair) and its CyclicLR; ours accept the same arguments.
@@ -35,6 +40,10 @@ PAIRS: dict[str, tuple[Callable[..., Optimizer], Callable[..., LRScheduler]]] = 
 CLASSIC = Cyclic(base_lr=1e-3 / 4, max_lr=1e-3, step_size_up=17_000 * 6, mode="triangular2", cycle_momentum=False)
 CLASSIC_EPOCH = 17_000
 
+# Of the captured loops. With a fixed momentum, Adam moves a parameter whose gradient is 1 by the learning rate.
+CAPTURED = Cyclic(base_lr=2e-3, max_lr=2e-2, step_size_up=25, cycle_momentum=False)
+CAPTURED_STEPS = 120
+
 TEST_IMAGES = 360
 BATCH_SIZE = 32
 EPOCHS_UP = 4
@@ -43,7 +52,7 @@ STEPS_PER_BLOCK = 50
 
 
 def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed: int) -> None:
-    """Runs both parts, writes their pictures into ``out`` and prints a table of the results.
+    """Runs all parts, writes their pictures into ``out`` and prints a table of the results.
 
     Args:
         out: Folder of the pictures; made when missing.
@@ -59,25 +68,23 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
     plotting.save(figure, out / "classic.png")
     lr_difference, parameter_difference = classic_loop(CLASSIC_EPOCH, device)
 
-    theirs, ours = train_digits(epochs, device, seed)
-    plotting.save(
-        plotting.training_figure(theirs, ours, f"Handwritten digits, {epochs} epochs on {device}"), out / "digits.png"
-    )
-    their_update, our_update = time_updates([theirs, ours])
-    loss_difference = np.abs(np.subtract(theirs.losses, ours.losses)).max()
-
     measured = digits_range_test(device, seed)
     measured.plot(out / "range-test.png")
     base_lr, max_lr, _, reason = measured.suggest()
-    bounded = None if max_lr is None else train_between(measured, epochs, device, seed)
-    bounds = [(f"range test, {len(measured.lr)} steps", "", "", "")]
-    if bounded is None:
-        bounds += [(f"  no bounds: {reason}", "", "", "")]
-    else:
-        bounds += [
-            ("  bounds of the learning rate", "", f"{base_lr:.1e}", f"{max_lr:.1e}"),
-            ("  test accuracy between them", "", f"{bounded.accuracies[-1]:.2%}", ""),
-        ]
+    schedule = digits_schedule(None if max_lr is None else measured)
+    theirs, ours = train_digits(epochs, device, seed, schedule)
+    plotting.save(
+        plotting.training_figure(theirs, ours, f"Handwritten digits, {epochs} epochs on {device}"), out / "digits.png"
+    )
+    loops = digits_captured(CAPTURED_STEPS, device, seed)
+    their_update, our_update = time_updates([theirs, ours])
+    page = demo_page(measured, schedule, (theirs, ours), loops, CAPTURED, their_update / our_update, device)
+    plotting.save(page, out / "demo.png")
+    loss_difference = np.abs(np.subtract(theirs.losses, ours.losses)).max()
+    wanted = CAPTURED.lr(np.arange(CAPTURED_STEPS))
+    lr_errors = [np.abs(np.subtract(loops[name].applied_lrs, wanted)).max() for name in PAIRS]
+    bounds = ("  bounds of the learning rate", "", f"{base_lr:.1e}", f"{max_lr:.1e}")
+    graphs = "captured" if device.type == "cuda" else "captured, emulated"
 
     print_table(
         ("", "torch", "fused-clr", ""),
@@ -86,16 +93,20 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
             ("  learning rate, largest difference", "", "", f"{curve_difference:.1e}"),
             (f"  the same in a loop of {CLASSIC_EPOCH:,} optimizer steps", "", "", f"{lr_difference:.1e}"),
             ("  parameters after that loop, largest difference", "", "", f"{parameter_difference:.1e}"),
-            (f"digits, {len(ours.losses):,} steps on {device}", "", "", ""),
+            (f"range test, {len(measured.lr)} steps", "", "", ""),
+            bounds if max_lr is not None else (f"  no bounds: {reason}", "", "", ""),
+            (f"digits between them, {len(ours.losses):,} steps on {device}", "", "", ""),
             ("  test accuracy", f"{theirs.accuracies[-1]:.2%}", f"{ours.accuracies[-1]:.2%}", ""),
             ("  last training loss", f"{theirs.losses[-1]:.6f}", f"{ours.losses[-1]:.6f}", ""),
             ("  training loss, largest difference", "", "", f"{loss_difference:.1e}"),
             ("  training steps per second", *ratio_cells(1 / theirs.step_seconds, 1 / ours.step_seconds)),
             ("  optimizer + scheduler, steps per second", *ratio_cells(1 / their_update, 1 / our_update)),
-            *bounds,
+            (f"a loop of {CAPTURED_STEPS} steps, {graphs}", "", "", ""),
+            ("  applied learning rate, largest error", *(f"{error:.0e}" for error in lr_errors), ""),
         ],
     )
-    print(f"pictures: {', '.join(str(out / name) for name in ('classic.png', 'digits.png', 'range-test.png'))}")
+    others = ", ".join(str(out / name) for name in ("classic.png", "digits.png", "range-test.png"))
+    print(f"the whole story: {out / 'demo.png'}; single pictures: {others}")
 
 
 def classic_curve(steps: int) -> tuple[NDArray[np.float64], float]:
@@ -181,7 +192,18 @@ class Training:
         self.accuracies.append(float((self.model(images).argmax(1) == labels).double().mean()))
 
 
-def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training, Training]:
+def digits_schedule(measured: RangeTest | None) -> Cyclic:
+    """triangular2 cycles on the digits, between the bounds that a range test suggests, or usual ones if it is None."""
+    steps_per_epoch = -(-(len(load_digits().target) - TEST_IMAGES) // BATCH_SIZE)
+    if measured is None:
+        step_size = EPOCHS_UP * steps_per_epoch
+        return Cyclic(base_lr=2.5e-4, max_lr=2e-3, step_size_up=step_size, mode="triangular2")
+    return measured.schedule(suggest_step_size(steps_per_epoch, EPOCHS_UP), mode="triangular2")
+
+
+def train_digits(
+    epochs: int, device: torch.device, seed: int, schedule: Cyclic | None = None
+) -> tuple[Training, Training]:
     """Trains one small network twice from the same weights on the same batches: with torch's pair and with ours.
 
     The two take turns epoch by epoch, so that other work on the machine affects both.
@@ -191,8 +213,7 @@ def train_digits(epochs: int, device: torch.device, seed: int) -> tuple[Training
     """
     generator = torch.Generator().manual_seed(seed)
     data = load_data(device, generator)
-    step_size = EPOCHS_UP * data.steps_per_epoch
-    schedule = Cyclic(base_lr=2.5e-4, max_lr=2e-3, step_size_up=step_size, mode="triangular2")
+    schedule = schedule or digits_schedule(None)
     first_model = make_model(seed)
     runs = []
     for name in PAIRS:
@@ -274,17 +295,19 @@ def digits_range_test(
     return range_test(step, optimizer, data.batches(generator), restore=[model], **arguments)
 
 
-def train_between(measured: RangeTest, epochs: int, device: torch.device, seed: int) -> Training:
-    """Trains on the digits, with triangular2 cycles between the bounds that a range test suggests."""
+def digits_captured(steps: int, device: torch.device, seed: int) -> dict[str, CapturedLoop]:
+    """A linear model of the digits, trained by both pairs in a captured loop; see `captured_loops`."""
     generator = torch.Generator().manual_seed(seed)
     data = load_data(device, generator)
-    model = make_model(seed).to(device)
-    schedule = measured.schedule(suggest_step_size(data.steps_per_epoch, EPOCHS_UP), mode="triangular2")
-    training = Training("range test", model, *make_pair("fused-clr", model.parameters(), schedule))
-    for _ in progress(range(epochs), "digits, between the bounds"):
-        training.train_epoch(data.images, data.labels, data.epoch(generator))
-        training.test(data.test_images, data.test_labels)
-    return training
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Linear(64, 10).to(device)
+    whole = (batch for batch in data.batches(generator) if len(batch) == BATCH_SIZE)
+    batches = [(data.images[batch], data.labels[batch]) for batch in islice(whole, steps)]
+    capturable = device.type == "cuda"
+    return captured_loops(
+        {name: partial(make_pair, name, schedule=CAPTURED, capturable=capturable) for name in PAIRS}, model, batches
+    )
 
 
 def time_updates(runs: list[Training]) -> list[float]:
@@ -309,10 +332,12 @@ def in_turn(runs: list[Training], turn: int) -> list[Training]:
     return runs if turn % 2 == 0 else runs[::-1]
 
 
-def make_pair(name: str, parameters: Iterable[nn.Parameter], schedule: Cyclic) -> tuple[Optimizer, LRScheduler]:
+def make_pair(
+    name: str, parameters: Iterable[nn.Parameter], schedule: Cyclic, capturable: bool = False
+) -> tuple[Optimizer, LRScheduler]:
     """The optimizer and scheduler of ``PAIRS[name]`` over ``parameters``, by the same calls for both libraries."""
     optimizer_class, scheduler_class = PAIRS[name]
-    optimizer = optimizer_class(parameters, lr=schedule.max_lr, fused=True)
+    optimizer = optimizer_class(parameters, lr=schedule.max_lr, fused=True, capturable=capturable)
     scheduler = scheduler_class(
         optimizer,
         base_lr=schedule.base_lr,

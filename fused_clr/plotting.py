@@ -66,11 +66,11 @@ def schedule_figure(lr: NDArray[np.float64], momentum: NDArray[np.float64] | Non
     curves = [("learning rate", lr, OURS)]
     if momentum is not None:
         curves.append(("momentum (Adam's beta1)", momentum, MOMENTUM))
-    figure = _figure(9, 1 + 3 * len(curves))
+    figure = new_figure(9, 1 + 3 * len(curves))
     panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
     for axes, (label, values, colour) in zip(panels, curves, strict=True):
         axes.plot(values, color=colour, linewidth=1.4)
-        _label(axes, "", label)
+        set_labels(axes, "", label)
     panels[-1].set_xlabel("schedule step")
     panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
     figure.suptitle(title)
@@ -93,8 +93,22 @@ def range_figure(
         stopped_by: Why it stopped.
         suggestion: Its bounds are marked, and its reason is the title.
     """
-    figure = _figure(9, 4.5)
+    figure = new_figure(9, 4.5)
     axes = figure.subplots()
+    draw_range(axes, lr, loss, smoothed, suggestion)
+    axes.set_title(suggestion.reason)
+    figure.suptitle(f"range test, {len(lr)} steps ({stopped_by}); rule: {suggestion.rule}")
+    return figure
+
+
+def draw_range(
+    axes: Axes,
+    lr: NDArray[np.float64],
+    loss: NDArray[np.float64],
+    smoothed: NDArray[np.float64],
+    suggestion: Suggestion,
+) -> None:
+    """The panel of `range_figure`, without its titles."""
     axes.plot(lr, loss, ".-", color=TORCH_PALE, linewidth=1, label="loss")
     axes.plot(lr, centred_trend(loss), color=OURS, linewidth=1.8, label="loss, centred trend")
     axes.plot(lr, smoothed, color="gray", linestyle=":", linewidth=1.2, label="loss, average of the past")
@@ -106,10 +120,8 @@ def range_figure(
         axes.axvspan(suggestion.base_lr, suggestion.max_lr, color=MOMENTUM, alpha=0.15)
         for name, bound in (("base_lr", suggestion.base_lr), ("max_lr", suggestion.max_lr)):
             axes.axvline(bound, color=MOMENTUM, linewidth=1.2, label=f"{name} {bound:.1e}")
-    _label(axes, "learning rate", "training loss", suggestion.reason)
+    set_labels(axes, "learning rate", "training loss")
     axes.legend(loc="lower left")
-    figure.suptitle(f"range test, {len(lr)} steps ({stopped_by}); rule: {suggestion.rule}")
-    return figure
 
 
 def gallery() -> dict[str, Schedule]:
@@ -143,14 +155,14 @@ def gallery_figure(schedules: dict[str, Schedule], steps: int) -> Figure:
         steps: Steps to draw.
     """
     rows = -(-len(schedules) // 3)
-    figure = _figure(12, 2.2 * rows)
+    figure = new_figure(12, 2.2 * rows)
     panels = list(figure.subplots(rows, 3, squeeze=False).flat)
     for axes in panels[len(schedules) :]:
         axes.set_axis_off()
     for axes, (title, schedule) in zip(panels, schedules.items(), strict=False):
         axes.plot(1e3 * schedule.lr(np.arange(steps)), color=OURS, linewidth=1.6)
         axes.set_ylim(0, 1.1)
-        _label(axes, "", "")
+        set_labels(axes, "", "")
         axes.set_title(title, fontsize=9, family="monospace")
         if schedule.drives_momentum:
             right = axes.twinx()
@@ -163,7 +175,7 @@ def gallery_figure(schedules: dict[str, Schedule], steps: int) -> Figure:
 
 def training_figure(torch_run: Training, our_run: Training, title: str) -> Figure:
     """Two trainings from the same seed: loss, its difference, test accuracy, learning rate with the momentum."""
-    figure = _figure(12, 8)
+    figure = new_figure(12, 8)
     (loss, difference), (accuracy, rate) = figure.subplots(2, 2)
 
     # Torch's lines are wide and pale below ours, so that both are seen where they coincide.
@@ -173,9 +185,9 @@ def training_figure(torch_run: Training, our_run: Training, title: str) -> Figur
         )
         accuracy.plot(_epochs(run), 100 * np.array(run.accuracies), color=colour, linewidth=width, label=run.name)
         rate.plot(_epochs(run), run.lrs, color=colour, linewidth=width, marker="o", markersize=3)
-    _label(loss, "step", "training loss", "loss curves")
-    _label(accuracy, "epoch", "test accuracy (%)", "accuracy")
-    _label(rate, "epoch", "learning rate", "learning rate and momentum at the end of each epoch")
+    set_labels(loss, "step", "training loss", "loss curves")
+    set_labels(accuracy, "epoch", "test accuracy (%)", "accuracy")
+    set_labels(rate, "epoch", "learning rate", "learning rate and momentum at the end of each epoch")
     loss.legend()
     accuracy.legend(loc="lower right")
 
@@ -188,7 +200,7 @@ def training_figure(torch_run: Training, our_run: Training, title: str) -> Figur
     # Linear below float32's resolution: many differences are exactly 0.
     difference.set_yscale("symlog", linthresh=1e-8)
     difference.set_ylim(0, max(1e-6, 10 * gap.max()))
-    _label(difference, "step", "absolute difference", f"difference of the losses: at most {gap.max():.1e}")
+    set_labels(difference, "step", "absolute difference", f"difference of the losses: at most {gap.max():.1e}")
 
     figure.suptitle(title)
     return figure
@@ -211,13 +223,15 @@ def save(figure: Figure, path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches."""
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _label(axes: Axes, x: str, y: str, title: str = "") -> None:
+def set_labels(axes: Axes, x: str, y: str, title: str = "") -> None:
+    """Labels a panel, and gives it the look of all of them."""
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

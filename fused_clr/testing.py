@@ -1,9 +1,15 @@
-"""A stand-in for CUDA graph capture, for machines without a GPU: records the launches of a step and replays them."""
+"""Stand-ins for CUDA graph capture, for machines without a GPU: they record a step, or its launches, and replay it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._device import launch as _launch
 
@@ -46,3 +52,87 @@ def record_launches() -> Iterator[RecordedGraph]:
         yield graph
     finally:
         _launch.recorders.remove(graph._launches.append)
+
+
+class RecordedStep:
+    """A recorded training step: its operators and kernel launches. ``replay()`` runs them and nothing else."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        """Runs the recorded work once more, on the memory it had, as ``torch.cuda.CUDAGraph.replay`` does."""
+        for run in self.work:
+            run()
+
+    def reset(self) -> None:
+        """Forgets the recorded work."""
+        self.work.clear()
+
+
+class OperatorRecorder(TorchDispatchMode):
+    """Adds the operators that run under it to a `RecordedStep`.
+
+    Numbers among their arguments are kept as they were, as a captured kernel keeps them. What an operator returns at a
+    replay is written into the memory that it returned then.
+    """
+
+    def __init__(self, step: RecordedStep) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.step = step
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def undo(self) -> None:
+        """Puts back what the operators wrote in place."""
+        for tensor, before in self._written.values():
+            tensor.copy_(before)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for leaf in pytree.tree_leaves(value):
+                    self._written.setdefault(leaf.data_ptr(), (leaf.detach(), leaf.detach().clone()))
+        result = func(*args, **(kwargs or {}))
+        args, kwargs, outputs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, result))
+
+        @torch.no_grad()
+        def run() -> None:
+            fresh = pytree.tree_leaves(func(*args, **kwargs))
+            for old, new in zip(pytree.tree_leaves(outputs), fresh, strict=True):
+                # Views and in-place operators have written where they belong.
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+        self.step.work.append(run)
+        return result
+
+
+@contextmanager
+def record_step() -> Iterator[RecordedStep]:
+    """Records the torch operators and the kernel launches made in its body; a stand-in for ``torch.cuda.graph``.
+
+    Forward, backward and the step of any optimizer, on CPU tensors. A fused optimizer needs the triton backend, as for
+    `record_launches`. Unlike a real capture, recording also runs the body, once. Before it, take one eager step.
+
+    Yields:
+        The `RecordedStep`.
+
+    Example:
+        >>> weight = torch.ones(1)
+        >>> with record_step() as step:
+        ...     _ = weight.mul_(2)
+        >>> step.replay()
+        >>> weight
+        tensor([4.])
+    """
+    step = RecordedStep()
+
+    def record(launch: _launch.Launch) -> None:
+        step.work.append(lambda: _launch.run(launch))
+
+    _launch.recorders.append(record)
+    try:
+        with OperatorRecorder(step):
+            yield step
+    finally:
+        _launch.recorders.remove(record)

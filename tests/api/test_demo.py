@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
+import pytest
 import torch
 
 from fused_clr import cli, demo, plotting
+from fused_clr._captured_demo import WARMUP
+from fused_clr._demo_page import TORCH
 from tests.helpers.pictures import width_drawn
 
 
 def test_demo_prints_a_table_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "CLASSIC_EPOCH", 500)
     monkeypatch.setattr(demo, "TIMED_BLOCKS", 1)
+    monkeypatch.setattr(demo, "CAPTURED_STEPS", 8)
     assert cli.main(["demo", "--schedule-epochs", "3", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     for row in (
@@ -22,11 +28,14 @@ def test_demo_prints_a_table_and_draws(tmp_path, capsys, monkeypatch):
         "optimizer + scheduler",
         "range test, ",
         "bounds of the learning rate",
-        "test accuracy between them",
+        "digits between them",
+        "a loop of 8 steps, captured, emulated",
     ):
         assert row in table
     assert width_drawn(tmp_path / "range-test.png", plotting.OURS) > 0.5
     assert width_drawn(tmp_path / "classic.png", plotting.OURS) > 0.5
+    for colour in (plotting.OURS, plotting.TORCH_PALE, TORCH):
+        assert width_drawn(tmp_path / "demo.png", colour) > 0.2
     for colour in (plotting.OURS, plotting.TORCH_PALE):
         assert width_drawn(tmp_path / "digits.png", colour) > 0.5
 
@@ -58,3 +67,21 @@ def test_digits_train_as_with_torch():
     assert ours.losses[-1] < ours.losses[0] / 2
     # One image on the border between two classes may fall to either side.
     np.testing.assert_allclose(ours.accuracies, theirs.accuracies, atol=1 / demo.TEST_IMAGES)
+
+
+def test_a_captured_loop_freezes_torchs_learning_rate_and_not_ours():
+    """Tolerance: the parameter that shows the learning rate is float32, and has moved by less than 0.25."""
+    steps = 12
+    before = dict(os.environ)
+    loops = demo.digits_captured(steps, torch.device("cpu"), seed=0)
+    assert dict(os.environ) == before
+    wanted = demo.CAPTURED.lr(np.arange(steps))
+    np.testing.assert_allclose(loops["fused-clr"].applied_lrs, wanted, rtol=0, atol=2 * np.spacing(np.float32(0.25)))
+    frozen = np.minimum(wanted, wanted[WARMUP])
+    np.testing.assert_allclose(loops["torch"].applied_lrs, frozen, rtol=0, atol=2 * np.spacing(np.float32(0.25)))
+    assert loops["torch"].losses[: WARMUP + 2] == pytest.approx(loops["fused-clr"].losses[: WARMUP + 2], rel=1e-5)
+
+
+def test_without_bounds_the_demo_trains_between_usual_ones():
+    schedule = demo.digits_schedule(None)
+    assert (schedule.base_lr, schedule.max_lr, schedule.step_size_up) == (2.5e-4, 2e-3, 4 * 45)

@@ -1,71 +1,25 @@
 """CUDA graphs on the CPU: what was captured, operators and kernel launches, runs again at every replay.
 
-Each operator is run again on the tensors it had, and what it returns is written into the memory that it returned then:
-so a replay reads and writes the captured addresses, as the real thing does, and runs no other host code.
+`fused_clr.testing.OperatorRecorder` says how. A replay runs no other host code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fused_clr import graphs
 from fused_clr._device import capture as capturing
 from fused_clr._device import launch as launcher
 from fused_clr._device import state, step_plan
 from fused_clr._device.triton import TritonEngine
-
-
-class EmulatedGraph:
-    """Stands in for `torch.cuda.CUDAGraph`."""
-
-    def __init__(self) -> None:
-        self.work: list[Callable[[], None]] = []
-
-    def replay(self) -> None:
-        for run in self.work:
-            run()
-
-    def reset(self) -> None:
-        self.work.clear()
-
-
-class _Capture(TorchDispatchMode):
-    def __init__(self, graph: EmulatedGraph) -> None:
-        super().__init__()
-        self.graph = graph
-        self._written: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def undo(self) -> None:
-        """A capture runs nothing: puts back what the operators wrote in place."""
-        for tensor, before in self._written.values():
-            tensor.copy_(before)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for leaf in pytree.tree_leaves(value):
-                    self._written.setdefault(leaf.data_ptr(), (leaf.detach(), leaf.detach().clone()))
-        result = func(*args, **(kwargs or {}))
-        args, kwargs, outputs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, result))
-
-        @torch.no_grad()
-        def run() -> None:
-            fresh = pytree.tree_leaves(func(*args, **kwargs))
-            for old, new in zip(pytree.tree_leaves(outputs), fresh, strict=True):
-                # Views and in-place operators have written where they belong.
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-        self.graph.work.append(run)
-        return result
+from fused_clr.testing import OperatorRecorder
+from fused_clr.testing import RecordedStep as EmulatedGraph
 
 
 @contextmanager
@@ -91,7 +45,7 @@ def capture(graph: EmulatedGraph, **_: Any) -> Iterator[None]:
         graph.work.append(lambda: launcher.run(launch))
 
     launcher.recorders.append(record)
-    mode = _Capture(graph)
+    mode = OperatorRecorder(graph)
     try:
         with mode, as_if_capturing():
             yield

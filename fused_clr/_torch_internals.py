@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, TypeVar
@@ -78,22 +77,6 @@ def hold(tensors: Sequence[Tensor]) -> object:
     """
     script_list = getattr(torch._C, "ScriptList", list)
     return script_list(list(tensors)) if tensors else None
-
-
-def held_elsewhere(objects: Sequence[object], own: int) -> bool:
-    """Whether one of ``objects`` has more than ``own`` references besides that of ``objects``."""
-    # The call adds some, a number that a new object shows.
-    (unshared,) = map(sys.getrefcount, [object()])
-    return any(count > unshared + own for count in map(sys.getrefcount, objects))
-
-
-def reachable_in_torch(tensor: Tensor) -> bool:
-    """Whether another tensor, as a view of it, or anything else in C++ leads to ``tensor`` or its memory."""
-
-    def users(own: Any) -> tuple[int, int, int]:
-        return own._use_count(), storage_users(own), weakref.getweakrefcount(own)
-
-    return users(tensor) != users(torch.empty(0, device="cpu"))
 
 
 def writes_overlap(tensor: Tensor) -> bool:

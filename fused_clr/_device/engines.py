@@ -14,15 +14,11 @@ from ..schedules import Schedule
 from ..telemetry import Status
 from .capture import CapturedStep, refuse_capture
 from .engine import Engine, Snapshot
-from .launch import recorders
-from .moments import Moments
 from .rules import UpdateRule
 from .settings import GroupSettings, Options, TensorRecord
 from .status import StatusCopy
 
 VARIABLE = "FUSED_CLR_BACKEND"
-# Then the user may have let go of state tensors. Whoever reads them more often keeps them.
-TAKE_BACK_AFTER = 16
 
 
 def engine_class(device: torch.device) -> Any:
@@ -86,8 +82,6 @@ class Engines:
         self.captures: list[CapturedStep] = []
         # Whether the user may hold state tensors; see `Moments.hand_out`.
         self._state_handed_out = False
-        # Steps since then, and the one at which to find out whether the user still does.
-        self._watched_steps, self._take_back_at = 0, TAKE_BACK_AFTER
         self._pending: StatusCopy | None = None
         self._latest: Status | None = None
 
@@ -200,22 +194,10 @@ class Engines:
 
     def hand_out_state(self) -> None:
         """Lets the user have state tensors; see `Moments.hand_out`."""
-        self._watched_steps, self._take_back_at = 0, TAKE_BACK_AFTER
         if not self._state_handed_out:
             self._state_handed_out = True
             for engine in self._engines:
                 engine.moments.hand_out()
-
-    def _watch_state(self) -> None:
-        """Counts a step that compares state tensors, and now and then finds out whether it still must."""
-        self._watched_steps += 1
-        if self._watched_steps < self._take_back_at or self.captures or recorders or self.capturing:
-            return
-        self._take_back_at *= 2
-        if not any(engine.parameters.is_sharded for engine in self._engines):
-            for engine in self._engines:
-                engine.forget_plans()
-            self._state_handed_out = not Moments.take_back([engine.moments for engine in self._engines])
 
     def steps_moved(self) -> bool:
         """Whether ``.data`` of a ``state[p]["step"]`` was replaced; see `Moments.steps_moved`."""
@@ -253,8 +235,6 @@ class Engines:
         device = engines[0].device
         if len(engines) > 1 or (device.type == "cuda" and device.index != torch.cuda.current_device()):
             self._check_all_capture()
-        if self._state_handed_out:
-            self._watch_state()
         captures = [engine.prepare() for engine in engines]
         if options.max_grad_norm is not None:
             # There is a loss scale but no overflow flag: use the norm as the check.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_internals import held_elsewhere, hold, reachable_in_torch, storage_users
+from .._torch_internals import hold, storage_users
 from .fingerprint import Fingerprint
 from .parameters import Parameters
 from .rules import UpdateRule
@@ -51,7 +51,7 @@ class Moments:
         self._state = state
         self._rule = rule
         self.handed_out = False
-        # Of state tensors that were handed out; otherwise they are held in C++ instead.
+        # Of state tensors that were handed out; the others are held in C++ instead.
         self._fingerprint: Fingerprint | None = None
         self._held: object = None
         self.set_groups(groups)
@@ -284,31 +284,3 @@ class Moments:
 
     def _record(self, index: int) -> TensorRecord:
         return self._parameters.records[index]
-
-    @staticmethod
-    def take_back(all_moments: Sequence[Moments]) -> bool:
-        """Ends what `hand_out` began, if the user has let go of everything.
-
-        Args:
-            all_moments: Those of all engines of an optimizer. The engines have no plans.
-
-        Returns:
-            Whether it ended.
-        """
-        for moments in all_moments:
-            moments._fingerprint = None
-        # No loop, whose variable would be one more reference.
-        entries = [entry for entry in all_moments[0]._state.values() if isinstance(entry, dict)]
-        values = [value for entry in entries for value in dict.values(entry) if isinstance(value, Tensor)]
-        step_ids = {id(view) for moments in all_moments for view in moments._steps}
-        is_held = (
-            held_elsewhere([all_moments[0]._state], 1 + len(all_moments))
-            or held_elsewhere(entries, 1)
-            or held_elsewhere([value for value in values if id(value) in step_ids], 3)
-            or held_elsewhere([value for value in values if id(value) not in step_ids], 2)
-            or any(reachable_in_torch(value) for value in values if id(value) not in step_ids)
-        )
-        for moments in all_moments:
-            moments.handed_out = is_held
-            moments._watch()
-        return not is_held

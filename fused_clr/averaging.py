@@ -12,11 +12,11 @@ from ._checks import check_integer, check_number
 class Averaging:
     """Averages of the parameters over the training, kept by `FusedAdam(..., averaging=)` and the other optimizers.
 
-    Make one with `swa` or `ema`. After an update that averages, for each element::
+    Make one with `swa` or `ema`. After an update that averages, for each element:
 
         average += weight * (parameter - average)
 
-    The first weight is 1, so that the average starts without bias at the parameters of that step.
+    The first weight is 1: the first average is a copy of the parameters.
 
     Args:
         decay: Of an exponential average, in [0, 1): ``weight = 1 - decay``. None: ``weight = 1 / n`` for the n-th

@@ -1,4 +1,4 @@
-"""`FrameworkStep`: a captured step that sees what a replay would leave out or repeat wrongly."""
+"""`FrameworkStep`: a captured step that finds what a replay would leave out or repeat wrongly."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class FrameworkStep:
     def _unchanged(self) -> Iterator[None]:
         """Refuses a body that writes attributes of the module: replays would not.
 
-        Outside of a capture only plain values are refused. Other writes may be of what is made once, at first use.
+        Outside of a capture only plain values are refused: other writes may create something once, at first use.
         """
         before = dict(vars(self._module))
         lengths = _lengths(before)

@@ -39,8 +39,8 @@ def report_skips(accelerator: Accelerator) -> None:
     """Makes ``accelerator.optimizer_step_was_skipped`` right for the fused optimizers that were prepared.
 
     With a fused optimizer, torch's or ours, GradScaler calls the optimizer's step also on an overflow, and the kernel
-    skips the update. accelerate then says that nothing was skipped, and steps the scheduler. Our schedule stands still
-    nevertheless, unless several processes have batches of their own: accelerate then steps the scheduler once for each
+    skips the update. accelerate then says that nothing was skipped, and steps the scheduler. Our schedule does not
+    advance, unless several processes have batches of their own: accelerate then steps the scheduler once for each
     process. Call this there, and where your code reads ``optimizer_step_was_skipped``.
 
     A read waits for the device once where a GradScaler or ``skip_if_nonfinite`` may skip steps; otherwise it does not.

@@ -188,7 +188,7 @@ def _refusal(trainer: Trainer, module: LightningModule) -> str | None:
 
 @contextmanager
 def _recorded_logs(module: LightningModule, records: list[Logged]) -> Iterator[None]:
-    """In the body, ``module.log`` writes down what it is given."""
+    """In the body, ``module.log`` records its arguments."""
 
     def log(name: str, value: Any, *args: Any, **options: Any) -> None:
         if not isinstance(value, Tensor):
@@ -229,7 +229,7 @@ def _refuse(name: str) -> Any:
 
 
 class _Changing:
-    """Stands in for a number that changes between steps: whatever reads it is refused."""
+    """Replaces a number that changes between steps: reading it raises an error."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -124,6 +124,14 @@ def test_the_pages_name_all_schedules_and_schedulers() -> None:
         assert f"::: fused_clr.scheduler.{kind}\n" in (DOCS / "api" / "schedulers.md").read_text(), kind
 
 
+def test_the_api_has_every_public_name() -> None:
+    documented = set(re.findall(r"^::: ([\w.]+)$", "".join(p.read_text() for p in DOCS.glob("api/*.md")), re.MULTILINE))
+    for name in set(fused_clr.__all__) - {"schedules", "testing"}:
+        module = getattr(fused_clr, name).__module__
+        package = module.rpartition(".")[0]
+        assert documented & {module, f"{module}.{name}", f"{package}.{name}", f"fused_clr.{name}"}, name
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 

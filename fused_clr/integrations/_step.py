@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ PLAIN = (bool, int, float, str, type(None))
 _MISSING = object()
 # Steps without a replay after which a user is told.
 EAGER_STEPS_LIMIT = 100
+
+
+@dataclass(frozen=True)
+class _Assumed:
+    """What a graph was captured for, beside the kind of its batch: one argument, however many parameters there are."""
+
+    plain: tuple[tuple[str, str], ...]
+    training: bytes
+    requires_grad: bytes
 
 
 class FrameworkStep:
@@ -87,10 +97,13 @@ class FrameworkStep:
         with self._unchanged():
             return pytree.tree_map_only(Tensor, Tensor.detach, self._step(*batch))
 
-    def _assumed(self) -> tuple[Any, ...]:
-        plain = tuple((name, value) for name, value in vars(self._module).items() if isinstance(value, PLAIN))
-        training = tuple(module.training for module in self._modules)
-        return plain, training, tuple(param.requires_grad for param in self._parameters)
+    def _assumed(self) -> _Assumed:
+        return _Assumed(
+            # As text, 1, 1.0 and True differ, and NaN is equal to itself.
+            tuple((name, repr(value)) for name, value in vars(self._module).items() if isinstance(value, PLAIN)),
+            bytes(module.training for module in self._modules),
+            bytes(param.requires_grad for param in self._parameters),
+        )
 
     @contextmanager
     def _unchanged(self) -> Iterator[None]:

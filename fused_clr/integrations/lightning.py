@@ -32,6 +32,7 @@ class Logged(NamedTuple):
     hook: str
     name: str
     value: Tensor
+    args: tuple[Any, ...]
     options: dict[str, Any]
 
 
@@ -126,7 +127,7 @@ class CapturedTraining(Callback):
             before = module._current_fx_name
             for record in records:
                 module._current_fx_name = record.hook
-                module.log(record.name, record.value, **record.options)
+                module.log(record.name, record.value, *record.args, **record.options)
             module._current_fx_name = before
             return result
 
@@ -196,9 +197,7 @@ def _recorded_logs(module: LightningModule, records: list[Logged]) -> Iterator[N
                 f"self.log({name!r}, ...) in a captured step must be given a tensor, got {type(value).__name__}, which "
                 "replays would log as it was; log it in on_train_batch_end"
             )
-        if args:
-            raise RuntimeError(f"self.log({name!r}, ...) in a captured step must get its options by name")
-        records.append(Logged(module._current_fx_name or "training_step", name, value.detach().clone(), options))
+        records.append(Logged(module._current_fx_name or "training_step", name, value.detach().clone(), args, options))
 
     module.log = log  # type: ignore[method-assign]
     try:

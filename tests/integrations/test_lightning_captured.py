@@ -42,6 +42,7 @@ class Regression(lightning.LightningModule):
         loss = self.loss(batch[0])
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log_dict({"largest": batch[0].max()})
+        self.log("smallest", batch[0].min(), False, True)
         return {"loss": loss, "first": batch[0][0]}
 
     def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
@@ -178,24 +179,33 @@ def test_attributes_and_training_modes_have_graphs_of_their_own(tmp_path: Path) 
     class Annealed(Regression):
         weight = 1.0
 
+        def __init__(self, fused: bool = True) -> None:
+            super().__init__(fused)
+            # Nothing in training, everything in evaluation.
+            self.drop = torch.nn.Dropout(1.0)
+
         def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> Any:
-            return self.loss(batch[0]) * self.weight
+            return self.loss(batch[0]) * self.weight + self.drop(self.layers(batch[0])).mean()
 
         def on_train_batch_end(self, *_: Any) -> None:
             pass
 
         def on_train_epoch_start(self) -> None:
-            self.weight = 1.0 + self.current_epoch
-            self.layers[0].requires_grad_(self.current_epoch != 1)
-            self.layers[1].train(self.current_epoch != 2)
+            # One thing an epoch.
+            if self.current_epoch == 1:
+                self.layers[0].requires_grad_(False)
+            if self.current_epoch == 2:
+                self.drop.eval()
+            if self.current_epoch == 3:
+                self.weight = 2.0
 
     theirs, model = Annealed(fused=False), Annealed()
-    fit(theirs, tmp_path / "torch")
+    fit(theirs, tmp_path / "torch", max_epochs=4)
     captured = CapturedTraining(num_warmup_iters=1)
     counted = CountGraphs(captured)
-    fit(model, tmp_path / "ours", captured, counted)
+    fit(model, tmp_path / "ours", captured, counted, max_epochs=4)
     assert_same_parameters(model, theirs)
-    assert counted.graphs == 3
+    assert counted.graphs == 4
 
 
 class Hooked(Regression):

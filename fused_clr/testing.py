@@ -54,6 +54,13 @@ def record_launches() -> Iterator[RecordedGraph]:
         _launch.recorders.remove(graph._launches.append)
 
 
+# Operators that give the host a value, or a shape, which the device must work out first.
+WAITING = frozenset(
+    getattr(torch.ops.aten, name).default
+    for name in ("_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "bincount")
+)
+
+
 class RecordedStep:
     """A recorded training step: its operators and kernel launches. ``replay()`` runs them and nothing else."""
 
@@ -74,7 +81,8 @@ class OperatorRecorder(TorchDispatchMode):
     """Adds the operators that run under it to a `RecordedStep`.
 
     Numbers among their arguments are kept as they were, as a captured kernel keeps them. What an operator returns at a
-    replay is written into the memory that it returned then.
+    replay is written into the memory that it returned then. An operator that would wait for the device, which a
+    capture forbids, raises an error.
     """
 
     def __init__(self, step: RecordedStep) -> None:
@@ -88,6 +96,11 @@ class OperatorRecorder(TorchDispatchMode):
             tensor.copy_(before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in WAITING:
+            raise RuntimeError(
+                f"{func} would wait for the device, and a capture forbids that: the step reads a tensor's value "
+                "(.item(), float(), bool(), a mask as an index)"
+            )
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for leaf in pytree.tree_leaves(value):
@@ -116,6 +129,9 @@ def record_step() -> Iterator[RecordedStep]:
 
     Yields:
         The `RecordedStep`.
+
+    Raises:
+        RuntimeError: The body reads a tensor's value.
 
     Example:
         >>> weight = torch.ones(1)

@@ -219,6 +219,23 @@ def test_a_step_that_fails_leaves_no_graph() -> None:
 
 
 @pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.parametrize("read", [torch.Tensor.item, float, bool, lambda loss: torch.equal(loss, loss)])
+def test_an_emulated_graph_refuses_to_wait_as_a_real_one_does(read: Any) -> None:
+    model, optimizer, _ = graphed_model()
+
+    def step(batch: torch.Tensor) -> None:
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        read(loss.detach())
+
+    graphed = GraphedStep(step, optimizer, num_warmup_iters=1)
+    graphed(batches(1)[0])
+    with pytest.raises(RuntimeError, match="would wait for the device, and a capture forbids that"):
+        graphed(batches(1)[0])
+
+
+@pytest.mark.usefixtures("emulated_cuda")
 def test_a_step_without_an_optimizer_step_is_refused() -> None:
     model, optimizer, _ = graphed_model()
     graphed = GraphedStep(lambda batch: model(batch).sum().backward(), optimizer, num_warmup_iters=1)

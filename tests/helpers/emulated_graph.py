@@ -32,6 +32,8 @@ def as_if_capturing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (capturing, state):
             patch.setattr(module, "is_capturing", lambda device: True)
+        # transformers asks, and then reads no value.
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         for module in (launcher, state, step_plan):
             patch.setattr(module, "make_launch", make_launch)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,30 @@ def test_moments_that_moved_are_followed(change: Callable[[Any, list[Tensor]], N
     for _ in range(3):
         twins.each(change)
         twins.steps()
+    twins.assert_equal()
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        lambda own: own.state[own.param_groups[0]["params"][0]]["exp_avg"],
+        lambda own: own.state_dict()["state"][0]["exp_avg"],
+        lambda own: next(iter(own.__getstate__()["state"].values()))["exp_avg"],
+        lambda own: next(iter(copy.copy(own).state.values()))["exp_avg"],
+    ],
+    ids=["state", "state_dict", "getstate", "copy"],
+)
+def test_a_moment_is_followed_whatever_way_it_was_reached(reach: Callable[[Any], Tensor]) -> None:
+    twins = Twins((3, 4))
+    twins.steps()
+    # None of the engine's own reads makes steps compare moments.
+    (engine,) = twins.optimizers[0]._engines  # type: ignore[attr-defined]
+    assert not engine.moments.handed_out
+    values = [reach(optimizer) for optimizer in twins.optimizers]
+    twins.steps()
+    for value in values:
+        value.data = value.data.t().contiguous().t()
+    twins.steps()
     twins.assert_equal()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, cast
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from ..schedules import Schedule
 from .cpu_state import CpuState
-from .engine import Engine
+from .engine import Engine, EngineSetup
 from .launch import recorders
 from .moments import Moments
 from .parameters import Parameters, ParametersMovedError
 from .plan_cache import PlanCache
-from .rules import UpdateRule
 from .rules.base import CpuUpdate
-from .settings import GroupSettings, Options, TensorRecord
+from .settings import GroupSettings
 from .tensors import is_low_precision, is_resolved, same_layout, total_norm
 
 # What torch's kernels take.
@@ -105,27 +104,16 @@ class CpuPlan:
 
 
 class CpuEngine(Engine):
-    """Steps parameters on the CPU. See `Engine`; arguments as for `TritonEngine`."""
+    """Steps parameters on the CPU. See `Engine`."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        records: Sequence[TensorRecord],
-        state: MutableMapping[Tensor, Any],
-        rule: UpdateRule,
-        groups: Sequence[GroupSettings],
-        options: Options,
-        schedule_step: int,
-        update_steps: Sequence[int],
-    ) -> None:
-        self.device = device
-        self.parameters = Parameters(device, records)
+    def __init__(self, setup: EngineSetup) -> None:
+        self.device, records, state, rule, groups, options, schedule_step, update_steps = setup
+        self.parameters = Parameters(self.device, records)
         self.state: CpuState = CpuState(groups, options, schedule_step, update_steps)
         self.moments = Moments(
             self.parameters, state, rule, groups, self.state.step_mirror, options.averaging is not None
         )
-        self._options = options
-        self._rule = rule
+        self._options, self._rule = options, rule
         self._plans: PlanCache[CpuPlan] = PlanCache()
         self._set_calls(self._calls_of(groups))
         # The result of `prepare`.

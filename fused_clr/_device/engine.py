@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,8 @@ from ..telemetry import History, Live, Status
 from .capture import Capture
 from .moments import Moments
 from .parameters import Parameters
-from .settings import GroupSettings
+from .rules import UpdateRule
+from .settings import GroupSettings, Options, TensorRecord
 
 # Added to the norm before ``max_grad_norm`` is divided by it, as in `torch.nn.utils.clip_grad_norm_`.
 CLIP_EPS = 1e-6
@@ -123,8 +124,32 @@ class EngineState(ABC):
         """Puts back what `save_telemetry` copied, in place."""
 
 
+class EngineSetup(NamedTuple):
+    """What an engine begins with.
+
+    Attributes:
+        device: The device of the parameters.
+        records: The parameters, in the order of ``optimizer.param_groups``.
+        state: Parameter -> dict of its state tensors.
+        rule: The update rule.
+        groups: Settings of all groups.
+        options: Options for all groups.
+        schedule_step: The schedule step to start from.
+        update_steps: Number of updates of each parameter so far.
+    """
+
+    device: torch.device
+    records: Sequence[TensorRecord]
+    state: MutableMapping[Tensor, Any]
+    rule: UpdateRule
+    groups: Sequence[GroupSettings]
+    options: Options
+    schedule_step: int
+    update_steps: Sequence[int]
+
+
 class Engine(ABC):
-    """Takes the steps of all parameters on one device.
+    """Takes the steps of all parameters on one device. Subclasses are made from an `EngineSetup`.
 
     Attributes:
         device: Where the parameters are.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..schedules import Schedule
 from ..telemetry import Status
 from .capture import CapturedStep, refuse_capture
-from .engine import Engine, Snapshot
+from .engine import Engine, EngineSetup, Snapshot
 from .rules import UpdateRule
 from .settings import GroupSettings, Options, TensorRecord
 from .status import StatusCopy
@@ -152,14 +152,16 @@ class Engines:
 
         engines = [
             engine_class(device)(
-                device,
-                own,
-                state,
-                self._rule,
-                groups,
-                self.options,
-                self._schedule_step,
-                [update_step(record.param) for record in own],
+                EngineSetup(
+                    device,
+                    own,
+                    state,
+                    self._rule,
+                    groups,
+                    self.options,
+                    self._schedule_step,
+                    [update_step(record.param) for record in own],
+                )
             )
             for device, own in records.items()
         ]

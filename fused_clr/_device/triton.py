@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,13 @@ from ..schedules import Schedule
 from . import launch as launcher
 from .capture import Capture, Place
 from .chunks import cut_into_chunks
-from .engine import CLIP_EPS, Engine
+from .engine import CLIP_EPS, Engine, EngineSetup
 from .launch import Launch
 from .moments import Moments
 from .parameters import Parameters
 from .plan_cache import PlanCache
-from .rules import UpdateRule
 from .schedule_tables import encode_schedules
-from .settings import GroupSettings, Options, TensorRecord
+from .settings import GroupSettings
 from .sharding import local_tensor
 from .state import DeviceState
 from .step_plan import DTYPE_CODES, StepLaunches, StepPlan, config_for_device, make_step_launches
@@ -29,33 +28,13 @@ from .tensors import is_resolved, real_dtype, real_numel, same_layout, upload
 
 
 class TritonEngine(Engine):
-    """Steps parameters on a CUDA or ROCm device, or on the CPU in Triton's interpreter. See `Engine`.
-
-    Args:
-        device: The device of the parameters.
-        records: The parameters, in the order of ``optimizer.param_groups``.
-        state: Parameter -> dict of its state tensors.
-        rule: The update rule.
-        groups: Settings of all groups.
-        options: Options for all groups.
-        schedule_step: The schedule step to start from.
-        update_steps: Number of updates of each parameter so far.
-    """
+    """Steps parameters on a CUDA or ROCm device, or on the CPU in Triton's interpreter. See `Engine`."""
 
     # Tests may replace it.
     config = config_for_device()
 
-    def __init__(
-        self,
-        device: torch.device,
-        records: Sequence[TensorRecord],
-        state: MutableMapping[Tensor, Any],
-        rule: UpdateRule,
-        groups: Sequence[GroupSettings],
-        options: Options,
-        schedule_step: int,
-        update_steps: Sequence[int],
-    ) -> None:
+    def __init__(self, setup: EngineSetup) -> None:
+        device, records, state, rule, groups, options, schedule_step, update_steps = setup
         self.device = device
         if device.type == "cuda":
             self.config = self.config.for_warp_size(torch.cuda.get_device_properties(device).warp_size)

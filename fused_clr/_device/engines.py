@@ -173,7 +173,7 @@ class Engines:
                 average_counts[record.group_index] = max(average_counts[record.group_index], count)
         for engine in engines:
             engine.state.set_counts(*self._counts)
-            if self.options.averaging is not None:
+            if any(average_counts):
                 engine.state.set_average_counts(average_counts)
             if self._state_handed_out:
                 engine.moments.hand_out()

@@ -46,9 +46,17 @@ def demo_page(
     _title(cycles, f"2. Cycle between them: CyclicLR, {schedule.mode}")
     _draw_training(training, *runs, speedup)
     _draw_captured(captured, loops, loop_schedule, device)
+    _title(captured, f"4. {captured.get_title('left')}")
     figure.suptitle(
         "fused-clr: Adam and its cyclical learning rate in one kernel launch, also inside a CUDA graph", fontsize=15
     )
+    return figure
+
+
+def captured_figure(loops: dict[str, CapturedLoop], schedule: Cyclic, device: Any) -> Figure:
+    """The panel of the captured loops alone; see `demo_page`."""
+    figure = new_figure(9, 4.5)
+    _draw_captured(figure.subplots(), loops, schedule, device)
     return figure
 
 
@@ -94,4 +102,4 @@ def _draw_captured(axes: Axes, loops: dict[str, CapturedLoop], schedule: Cyclic,
         "a CUDA graph" if device.type == "cuda" else "a CUDA graph, emulated on the CPU: replays of the recorded step"
     )
     axes.legend(loc="upper left", title=title)
-    _title(axes, "4. Capture the loop: torch freezes, fused-clr follows")
+    _title(axes, "Capture the loop: torch freezes, fused-clr follows")

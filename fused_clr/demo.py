@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from fused_clr import CyclicLR, FusedAdam, RangeTest, plotting, range_test, suggest_step_size
 from fused_clr._captured_demo import CapturedLoop, captured_loops
-from fused_clr._demo_page import demo_page
+from fused_clr._demo_page import captured_figure, demo_page
 from fused_clr.schedules import Cyclic
 
 # Torch's fastest Adam (fused=True, see make_pair) and its CyclicLR; ours accept the same arguments.
@@ -80,6 +80,7 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
     their_update, our_update = time_updates([theirs, ours])
     page = demo_page(measured, schedule, (theirs, ours), loops, CAPTURED, their_update / our_update, device)
     plotting.save(page, out / "demo.png")
+    plotting.save(captured_figure(loops, CAPTURED, device), out / "captured.png")
     loss_difference = np.abs(np.subtract(theirs.losses, ours.losses)).max()
     wanted = CAPTURED.lr(np.arange(CAPTURED_STEPS))
     lr_errors = [np.abs(np.subtract(loops[name].applied_lrs, wanted)).max() for name in PAIRS]
@@ -105,8 +106,8 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
             ("  applied learning rate, largest error", *(f"{error:.0e}" for error in lr_errors), ""),
         ],
     )
-    others = ", ".join(str(out / name) for name in ("classic.png", "digits.png", "range-test.png"))
-    print(f"the whole story: {out / 'demo.png'}; single pictures: {others}")
+    others = ", ".join(str(out / name) for name in ("classic.png", "digits.png", "range-test.png", "captured.png"))
+    print(f"all on one page: {out / 'demo.png'}; single pictures: {others}")
 
 
 def classic_curve(steps: int) -> tuple[NDArray[np.float64], float]:

@@ -36,6 +36,8 @@ def test_demo_prints_a_table_and_draws(tmp_path, capsys, monkeypatch):
         assert row in table
     assert width_drawn(tmp_path / "range-test.png", plotting.OURS) > 0.5
     assert width_drawn(tmp_path / "classic.png", plotting.OURS) > 0.5
+    for colour in (plotting.OURS, TORCH):
+        assert width_drawn(tmp_path / "captured.png", colour) > 0.2
     for colour in (plotting.OURS, plotting.TORCH_PALE, TORCH):
         assert width_drawn(tmp_path / "demo.png", colour) > 0.2
     for colour in (plotting.OURS, plotting.TORCH_PALE):

@@ -121,8 +121,8 @@ class FrameworkStep:
             old, new = before.get(name, _MISSING), after.get(name, _MISSING)
             if isinstance(new, kinds) and (old is not new or lengths.get(name) != _lengths(after).get(name)):
                 raise RuntimeError(
-                    f"the captured step changed {type(self._module).__name__}.{name}, and a replay runs no Python "
-                    "code: it would not. Return the value from the step, or change it in a hook outside of it"
+                    f"the captured step changed {type(self._module).__name__}.{name}. A replay runs no Python code, "
+                    "and would not change it. Return the value from the step, or change it in a hook outside of the step"
                 )
 
 

@@ -100,7 +100,7 @@ class CapturedTraining(Callback):
             with _recorded_logs(module, records), _changing_numbers():
                 result = run(optimizer, 0, kwargs)
             if not result:
-                raise RuntimeError("training_step returned None, and a captured step cannot leave out an update")
+                raise RuntimeError("training_step returned None to leave out an update, which a captured step cannot")
             if counts != [metric._update_count for metric in metrics]:
                 raise RuntimeError(
                     "training_step updated a torchmetrics.Metric, and a replay would not. Return what it needs from "
@@ -194,8 +194,8 @@ def _recorded_logs(module: LightningModule, records: list[Logged]) -> Iterator[N
     def log(name: str, value: Any, *args: Any, **options: Any) -> None:
         if not isinstance(value, Tensor):
             raise RuntimeError(
-                f"self.log({name!r}, ...) in a captured step must be given a tensor, got {type(value).__name__}, which "
-                "replays would log as it was; log it in on_train_batch_end"
+                f"self.log({name!r}, ...) in a captured step must be given a tensor, got {type(value).__name__}: "
+                "replays would log the same value again; log it in on_train_batch_end"
             )
         records.append(Logged(module._current_fx_name or "training_step", name, value.detach().clone(), args, options))
 
@@ -222,7 +222,7 @@ def _changing_numbers() -> Iterator[None]:
 
 def _refuse(name: str) -> Any:
     raise RuntimeError(
-        f"the captured step read {name}, which is another at each step: replays would keep the value of the capture. "
+        f"the captured step read {name}, which changes at each step: replays would use its capture-time value. "
         "Use it in on_train_batch_start, which may write it into a tensor"
     )
 

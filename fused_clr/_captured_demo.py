@@ -77,22 +77,26 @@ def _run(make_pair: Any, model: nn.Module, batches: Sequence[tuple[Tensor, Tenso
 
     graph, loss = None, torch.zeros(())
     applied, losses = [], []
-    side = torch.cuda.Stream() if inputs.is_cuda else None
-    for index, (new_inputs, new_labels) in enumerate(batches):
-        inputs.copy_(new_inputs)
-        labels.copy_(new_labels)
-        before = probe.item()
-        if index < WARMUP:
-            with torch.cuda.stream(side):
+    side = None
+    if inputs.is_cuda:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+    # A capture needs another stream than the default one, also for the steps before it.
+    with torch.cuda.stream(side):
+        for index, (new_inputs, new_labels) in enumerate(batches):
+            inputs.copy_(new_inputs)
+            labels.copy_(new_labels)
+            before = probe.item()
+            if index < WARMUP:
                 loss = step()
-        elif graph is None:
-            graph, loss = _capture(step, side)
-        else:
-            graph.replay()
-        # Of torch's scheduler the graph knows nothing: it holds the numbers of its capture.
-        scheduler.step()
-        applied.append(before - probe.item())
-        losses.append(loss.item())
+            elif graph is None:
+                graph, loss = _capture(step, side)
+            else:
+                graph.replay()
+            # Of torch's scheduler the graph knows nothing: it holds the numbers of its capture.
+            scheduler.step()
+            applied.append(before - probe.item())
+            losses.append(loss.item())
     return CapturedLoop(applied, losses)
 
 

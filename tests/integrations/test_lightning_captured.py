@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim import lr_scheduler
 
-from fused_clr import CyclicLR, FusedAdam
+from fused_clr import CyclicLR, FusedAdam, GraphedStep
 from fused_clr.integrations.lightning import CapturedTraining
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -361,6 +361,48 @@ def test_what_a_replay_would_leave_out_is_refused(body: Callable[..., Any], mess
     # The module is as it was.
     assert "log" not in vars(model)
     assert model.global_step <= 3
+
+
+@pytest.mark.usefixtures("emulated_cuda")
+def test_manual_optimization_captures_several_optimizers_itself(tmp_path: Path) -> None:
+    class Two(lightning.LightningModule):
+        def __init__(self, fused: bool) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.first, self.second, self.fused = torch.nn.Linear(4, 3), torch.nn.Linear(3, 1), fused
+            self.calls = Calls()
+            self.graphed: Any = None
+
+        def configure_optimizers(self) -> Any:
+            make = FusedAdam if self.fused else torch.optim.Adam
+            return [make(part.parameters(), lr=lr) for part, lr in ((self.first, 0.01), (self.second, 0.02))]
+
+        def update(self, batch: torch.Tensor) -> torch.Tensor:
+            self.calls.training += 1
+            optimizers = self.optimizers(use_pl_optimizer=False)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss = self.second(self.first(batch).tanh()).square().mean()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            return loss.detach()
+
+        def on_train_start(self) -> None:
+            if self.fused:
+                optimizers = self.optimizers(use_pl_optimizer=False)
+                self.graphed = GraphedStep(self.update, optimizers, num_warmup_iters=1)
+
+        def training_step(self, batch: list[torch.Tensor]) -> None:
+            self.log("loss", (self.graphed or self.update)(batch[0]))
+
+    models = Two(fused=False), Two(fused=True)
+    logs = [fit(model, tmp_path / str(model.fused), limit_val_batches=0)[1] for model in models]
+    assert_same_parameters(*models)
+    assert [row["loss"] for row in logs[1] if "loss" in row] == pytest.approx(
+        [row["loss"] for row in logs[0] if "loss" in row], rel=2e-5
+    )
+    assert models[1].calls.training == 4
 
 
 @pytest.mark.usefixtures("emulated_cuda")

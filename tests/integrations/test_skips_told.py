@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.optim import lr_scheduler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fused_clr import CyclicLR, FusedAdam
 from fused_clr.integrations.accelerate import report_skips
@@ -190,7 +190,15 @@ class Line(torch.nn.Module):
         return {"loss": self.layer(inputs).square().mean()}
 
 
-def trained(trainer_class: type[Trainer], ours: bool, folder: Path) -> Any:
+def trained(trainer_class: type[Trainer], ours: bool, folder: Path) -> tuple[Any, list[int]]:
+    """The optimizer, and the steps that accelerate calls skipped."""
+    told: list[int] = []
+
+    class Listen(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # The step that has just been counted.
+            told.extend([state.global_step - 1] if trainer.accelerator.optimizer_step_was_skipped else [])
+
     model = Line()
     optimizers = make_pair(model, ours)
     arguments = TrainingArguments(
@@ -207,18 +215,23 @@ def trained(trainer_class: type[Trainer], ours: bool, folder: Path) -> Any:
     rows = [{"inputs": row} for batch in make_batches() for row in batch]
     own = {"capture_options": {"num_warmup_iters": 1}} if issubclass(trainer_class, CapturedTrainer) else {}
     trainer = trainer_class(model=model, args=arguments, train_dataset=rows, optimizers=optimizers, **own)
+    trainer.add_callback(Listen())
     trainer.accelerator.scaler = make_scaler()
     trainer.train()
-    return optimizers[0]
+    return optimizers[0], told
 
 
 def test_torchs_fused_pair_drifts_under_the_trainer(tmp_path: Path) -> None:
-    assert trained(Trainer, False, tmp_path).param_groups[0]["lr"] == DRIFTED
+    optimizer, told = trained(Trainer, False, tmp_path)
+    assert optimizer.param_groups[0]["lr"] == DRIFTED
+    assert told == []
 
 
 @pytest.mark.usefixtures("emulated_cuda")
 @pytest.mark.parametrize("trainer_class", [Trainer, CapturedTrainer])
 def test_ours_follows_theory_under_the_trainer(tmp_path: Path, trainer_class: type[Trainer]) -> None:
-    optimizer = trained(trainer_class, True, tmp_path)
+    optimizer, told = trained(trainer_class, True, tmp_path)
     assert optimizer.param_groups[0]["lr"] == THEORY
     assert optimizer.status().skipped_steps == len(OVERFLOWS)
+    # The captured one calls report_skips.
+    assert told == (list(OVERFLOWS) if trainer_class is CapturedTrainer else [])

@@ -7,7 +7,6 @@ from .layout import (
     ACTIVE,
     APPLIED_LR,
     APPLIED_MOMENTUM,
-    CLIP_COEFFICIENT,
     ENTRY,
     ENTRY_CLIP_COEFFICIENT,
     ENTRY_GRAD_NORM,
@@ -16,7 +15,6 @@ from .layout import (
     ENTRY_MOMENTUM,
     ENTRY_SKIPPED,
     ENTRY_STEP,
-    GRAD_NORM,
     GROUP,
     HISTORY_COLUMNS,
     NEXT_LR,
@@ -66,13 +64,35 @@ def average_weight(step, ends_cycle, count, settings_ptr):
 
 
 @triton.jit
+def load_lanes(first_lane, tensor_table_ptr, update_steps_ptr, live_ptr, num_groups, num_tensors, LANES: tl.constexpr):
+    """Loads what an evaluator's lanes need and know the address of: together, since each wait is long.
+
+    Arguments as in ``evaluate``.
+
+    Returns:
+        Tuple of int64 blocks: group, number of updates, 1 if this step updates the tensor; and of float64 blocks: the
+        learning rate and the momentum that this step applies.
+    """
+    lane = first_lane + tl.arange(0, LANES)
+    is_group = lane < num_groups
+    tensor_id = (lane - num_groups).to(tl.int64)
+    is_tensor = (lane >= num_groups) & (lane < num_groups + num_tensors)
+    tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
+    group_id = tl.load(tensor_row_ptr + GROUP, mask=is_tensor, other=0)
+    active = tl.load(tensor_row_ptr + ACTIVE, mask=is_tensor, other=0)
+    update_step = tl.load(update_steps_ptr + tensor_id, mask=is_tensor, other=0)
+    lr = tl.load(live_ptr + NEXT_LR * num_groups + lane, mask=is_group)
+    momentum = tl.load(live_ptr + NEXT_MOMENTUM * num_groups + lane, mask=is_group)
+    return tl.where(is_group, lane.to(tl.int64), group_id), update_step, active, lr, momentum
+
+
+@triton.jit
 def evaluate(
     first_lane,
     step,
     slot,
     settings_ptr,
     group_table_ptr,
-    tensor_table_ptr,
     control_ptr,
     scalars_ptr,
     scalars_float64_ptr,
@@ -80,6 +100,7 @@ def evaluate(
     step_mirror_ptr,
     average_counts_ptr,
     live_ptr,
+    loaded,
     num_groups,
     num_tensors,
     applied,
@@ -87,6 +108,7 @@ def evaluate(
     SCALARS: tl.constexpr,
     HAS_DECAY_SCHEDULE: tl.constexpr,
     HAS_AVERAGING: tl.constexpr,
+    HAS_FLOAT64: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -98,7 +120,6 @@ def evaluate(
         slot: int64 scalar. The half of the scalars to write.
         settings_ptr: int64 pointer to [SETTINGS_WORDS].
         group_table_ptr: float64 pointer to [num_groups, GROUP_COLUMNS].
-        tensor_table_ptr: int64 pointer to [num_tensors, TENSOR_COLUMNS].
         control_ptr: int64 pointer to [CONTROL_WORDS].
         scalars_ptr: float32 pointer to [2, num_tensors, SCALAR_COLUMNS].
         scalars_float64_ptr: float64 pointer, likewise.
@@ -107,6 +128,7 @@ def evaluate(
         average_counts_ptr: int64 pointer to [num_tensors]. How often each tensor was averaged; all tensors of a group
             as often.
         live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
+        loaded: Tuple of ``load_lanes``.
         num_groups: int32 scalar.
         num_tensors: int32 scalar.
         applied: int64 scalar. 1: count an update of each active tensor, and an average where it is one's turn; 0: only
@@ -115,6 +137,7 @@ def evaluate(
         SCALARS: The rule's scalars, see `step_kernel`.
         HAS_DECAY_SCHEDULE: See `step_kernel`.
         HAS_AVERAGING: See `step_kernel`.
+        HAS_FLOAT64: See `step_kernel`.
         SCALE_FNS: Tuple of ``@triton.jit`` scale functions.
         LANES: Lanes of this program.
     """
@@ -122,9 +145,14 @@ def evaluate(
     is_group = lane < num_groups
     tensor_id = (lane - num_groups).to(tl.int64)
     is_tensor = (lane >= num_groups) & (lane < num_groups + num_tensors)
-    tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
-    group_id = tl.load(tensor_row_ptr + GROUP, mask=is_tensor, other=0)
-    group_id = tl.where(is_group, lane.to(tl.int64), group_id)
+    live_lane_ptr = live_ptr + lane
+    group_id, update_step = loaded[0], loaded[1]
+    if ADVANCE:
+        tl.store(live_lane_ptr + APPLIED_LR * num_groups, loaded[3], mask=is_group)
+        tl.store(live_lane_ptr + APPLIED_MOMENTUM * num_groups, loaded[4], mask=is_group)
+        update_step += applied * loaded[2]
+        tl.store(update_steps_ptr + tensor_id, update_step, mask=is_tensor)
+        tl.store(step_mirror_ptr + tensor_id, update_step.to(tl.float32), mask=is_tensor)
     group_row_ptr = group_table_ptr + group_id * GROUP_COLUMNS
 
     in_group = is_group | is_tensor
@@ -136,12 +164,6 @@ def evaluate(
                 step, group_row_ptr + WEIGHT_DECAY, in_group, settings_ptr, overrun_ptr, SCALE_FNS
             )
     lr, momentum, ends_cycle = schedule_at(step, group_row_ptr, in_group, settings_ptr, overrun_ptr, SCALE_FNS)
-    live_lane_ptr = live_ptr + lane
-    if ADVANCE:
-        applied_lr = tl.load(live_lane_ptr + NEXT_LR * num_groups, mask=is_group)
-        applied_momentum = tl.load(live_lane_ptr + NEXT_MOMENTUM * num_groups, mask=is_group)
-        tl.store(live_lane_ptr + APPLIED_LR * num_groups, applied_lr, mask=is_group)
-        tl.store(live_lane_ptr + APPLIED_MOMENTUM * num_groups, applied_momentum, mask=is_group)
     tl.store(live_lane_ptr + NEXT_LR * num_groups, lr, mask=is_group)
     tl.store(live_lane_ptr + NEXT_MOMENTUM * num_groups, momentum, mask=is_group)
 
@@ -154,25 +176,19 @@ def evaluate(
             count += applied * (own_weight != 0).to(tl.int64)
             tl.store(average_counts_ptr + tensor_id, count, mask=is_tensor)
         weight = average_weight(step, ends_cycle, count, settings_ptr)
-        store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_AVERAGE_WEIGHT, weight, is_tensor)
-
-    update_step = tl.load(update_steps_ptr + tensor_id, mask=is_tensor, other=0)
-    if ADVANCE:
-        update_step += applied * tl.load(tensor_row_ptr + ACTIVE, mask=is_tensor, other=0)
-        tl.store(update_steps_ptr + tensor_id, update_step, mask=is_tensor)
-        tl.store(step_mirror_ptr + tensor_id, update_step.to(tl.float32), mask=is_tensor)
+        store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_AVERAGE_WEIGHT, weight, is_tensor, HAS_FLOAT64)
 
     scalars = SCALARS(lr, momentum, weight_decay, (update_step + 1).to(tl.float64), group_row_ptr + RULE_COLUMNS)
     tl.static_assert(len(scalars) <= SCALAR_COLUMNS - RULE_SCALARS, "a rule has too many scalars")
     grad_sign = tl.load(group_row_ptr + GRAD_SIGN)
-    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_GRAD_SIGN, grad_sign, is_tensor)
+    store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_GRAD_SIGN, grad_sign, is_tensor, HAS_FLOAT64)
     for i in tl.static_range(len(scalars)):
-        store_scalar(scalars_ptr, scalars_float64_ptr, row + RULE_SCALARS + i, scalars[i], is_tensor)
+        store_scalar(scalars_ptr, scalars_float64_ptr, row + RULE_SCALARS + i, scalars[i], is_tensor, HAS_FLOAT64)
 
 
 @triton.jit
-def store_scalar(scalars_ptr, scalars_float64_ptr, offsets, values, mask):
-    """Stores a column of the scalars, rounded to float32 and as it is.
+def store_scalar(scalars_ptr, scalars_float64_ptr, offsets, values, mask, HAS_FLOAT64: tl.constexpr):
+    """Stores a column of the scalars, rounded to float32, and as it is where a parameter needs it.
 
     Args:
         scalars_ptr: float32 pointer.
@@ -180,9 +196,11 @@ def store_scalar(scalars_ptr, scalars_float64_ptr, offsets, values, mask):
         offsets: int64 block.
         values: float64 block.
         mask: bool block.
+        HAS_FLOAT64: See `step_kernel`.
     """
     tl.store(scalars_ptr + offsets, values.to(tl.float32), mask=mask)
-    tl.store(scalars_float64_ptr + offsets, values, mask=mask)
+    if HAS_FLOAT64:
+        tl.store(scalars_float64_ptr + offsets, values, mask=mask)
 
 
 @triton.jit
@@ -193,8 +211,10 @@ def record_history(
     skipped,
     history_ptr,
     history_rows,
-    live_ptr,
-    norm_ptr,
+    applied_lr,
+    applied_momentum,
+    grad_norm,
+    clip_coefficient,
     grad_scale,
     num_groups,
     LANES: tl.constexpr,
@@ -208,8 +228,10 @@ def record_history(
         skipped: int64 scalar. 1: the step is skipped.
         history_ptr: float64 pointer to [history_rows, num_groups, HISTORY_COLUMNS].
         history_rows: int32 scalar > 0.
-        live_ptr: float64 pointer to [LIVE_ROWS, num_groups].
-        norm_ptr: float64 pointer to [NORM_WORDS].
+        applied_lr: float64 block.
+        applied_momentum: float64 block.
+        grad_norm: float64 scalar.
+        clip_coefficient: float64 scalar.
         grad_scale: float32 scalar. The loss scale.
         num_groups: int32 scalar.
         LANES: Lanes of this program.
@@ -219,12 +241,10 @@ def record_history(
     row_ptr = history_ptr + ((entry % history_rows) * num_groups + lane) * HISTORY_COLUMNS
     tl.store(row_ptr + ENTRY, (entry + 1).to(tl.float64), mask=is_group)
     tl.store(row_ptr + ENTRY_STEP, step.to(tl.float64), mask=is_group)
-    tl.store(row_ptr + ENTRY_LR, tl.load(live_ptr + NEXT_LR * num_groups + lane, mask=is_group), mask=is_group)
-    tl.store(
-        row_ptr + ENTRY_MOMENTUM, tl.load(live_ptr + NEXT_MOMENTUM * num_groups + lane, mask=is_group), mask=is_group
-    )
-    tl.store(row_ptr + ENTRY_GRAD_NORM, tl.load(norm_ptr + GRAD_NORM), mask=is_group)
-    tl.store(row_ptr + ENTRY_CLIP_COEFFICIENT, tl.load(norm_ptr + CLIP_COEFFICIENT), mask=is_group)
+    tl.store(row_ptr + ENTRY_LR, applied_lr, mask=is_group)
+    tl.store(row_ptr + ENTRY_MOMENTUM, applied_momentum, mask=is_group)
+    tl.store(row_ptr + ENTRY_GRAD_NORM, grad_norm, mask=is_group)
+    tl.store(row_ptr + ENTRY_CLIP_COEFFICIENT, clip_coefficient, mask=is_group)
     tl.store(row_ptr + ENTRY_GRAD_SCALE, grad_scale.to(tl.float64), mask=is_group)
     tl.store(row_ptr + ENTRY_SKIPPED, skipped.to(tl.float64), mask=is_group)
 
@@ -246,6 +266,7 @@ def reevaluate_kernel(
     SCALARS: tl.constexpr,
     HAS_DECAY_SCHEDULE: tl.constexpr,
     HAS_AVERAGING: tl.constexpr,
+    HAS_FLOAT64: tl.constexpr,
     SCALE_FNS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -253,13 +274,13 @@ def reevaluate_kernel(
 
     Runs after something other than a step changed the inputs of the next step. Arguments as in `step_kernel`.
     """
+    first_lane = tl.program_id(0) * LANES
     evaluate(
-        tl.program_id(0) * LANES,
+        first_lane,
         tl.load(control_ptr + SCHEDULE_STEP),
         tl.load(control_ptr + SLOT),
         settings_ptr,
         group_table_ptr,
-        tensor_table_ptr,
         control_ptr,
         scalars_ptr,
         scalars_float64_ptr,
@@ -267,6 +288,7 @@ def reevaluate_kernel(
         step_mirror_ptr,
         average_counts_ptr,
         live_ptr,
+        load_lanes(first_lane, tensor_table_ptr, update_steps_ptr, live_ptr, num_groups, num_tensors, LANES),
         num_groups,
         num_tensors,
         0,
@@ -274,6 +296,7 @@ def reevaluate_kernel(
         SCALARS,
         HAS_DECAY_SCHEDULE,
         HAS_AVERAGING,
+        HAS_FLOAT64,
         SCALE_FNS,
         LANES,
     )

@@ -8,7 +8,7 @@ last program to finish advances the schedule step. The update rule gives the ari
 import triton
 import triton.language as tl
 
-from .evaluate import evaluate, record_history
+from .evaluate import evaluate, load_lanes, record_history
 from .layout import (
     APPLIED_STEPS,
     AVERAGE,
@@ -18,6 +18,7 @@ from .layout import (
     DONE,
     GENERATION,
     GRAD,
+    GRAD_NORM,
     NUMEL,
     OVERFLOW,
     PARAM,
@@ -301,6 +302,7 @@ def step_kernel(
     SCALARS: tl.constexpr,
     HAS_DECAY_SCHEDULE: tl.constexpr,
     HAS_AVERAGING: tl.constexpr,
+    HAS_FLOAT64: tl.constexpr,
     NUM_STATES: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
@@ -344,6 +346,7 @@ def step_kernel(
         SCALARS: The rule's scalars: (lr, momentum, weight_decay, update_step, group_row_ptr) -> tuple.
         HAS_DECAY_SCHEDULE: Whether weight decay may have a schedule of its own. Costs registers.
         HAS_AVERAGING: Whether steps average the parameters.
+        HAS_FLOAT64: Whether some parameter of the optimizer is float64 and needs scalars of that dtype.
         NUM_STATES: State tensors of the rule.
         PARAM_DTYPE: dtype of the parameters and state tensors.
         GRAD_DTYPE: dtype of the gradients.
@@ -365,29 +368,35 @@ def step_kernel(
         skipped = skip.to(tl.int64)
         grad_scale = tl.load(grad_scale_ptr)
         if IS_LAST and program_id < num_evaluators:
+            first_lane = program_id * LANES
+            loaded = load_lanes(
+                first_lane, tensor_table_ptr, update_steps_ptr, live_ptr, num_groups, num_tensors, LANES
+            )
+            grad_norm = tl.load(norm_ptr + GRAD_NORM)
+            clip_coefficient = tl.load(norm_ptr + CLIP_COEFFICIENT)
             if (history_rows != 0) & (counts != 0):
-                # Before the evaluation: the live values are still those that this step applies.
                 record_history(
-                    program_id * LANES,
+                    first_lane,
                     step,
                     applied_steps + skipped_steps,
                     skipped,
                     history_ptr,
                     history_rows,
-                    live_ptr,
-                    norm_ptr,
+                    loaded[3],
+                    loaded[4],
+                    grad_norm,
+                    clip_coefficient,
                     grad_scale,
                     num_groups,
                     LANES,
                 )
             if ticks:
                 evaluate(
-                    program_id * LANES,
+                    first_lane,
                     step + 1,
                     1 - slot,
                     settings_ptr,
                     group_table_ptr,
-                    tensor_table_ptr,
                     control_ptr,
                     scalars_ptr,
                     scalars_float64_ptr,
@@ -395,6 +404,7 @@ def step_kernel(
                     step_mirror_ptr,
                     average_counts_ptr,
                     live_ptr,
+                    loaded,
                     num_groups,
                     num_tensors,
                     counts * (1 - skipped),
@@ -402,6 +412,7 @@ def step_kernel(
                     SCALARS,
                     HAS_DECAY_SCHEDULE,
                     HAS_AVERAGING,
+                    HAS_FLOAT64,
                     SCALE_FNS,
                     LANES,
                 )

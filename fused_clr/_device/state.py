@@ -24,7 +24,7 @@ from .parameters import Parameters
 from .rules import UpdateRule
 from .settings import GroupSettings, Options
 from .step_plan import LaunchConfig, evaluators
-from .tensors import real_numel, upload
+from .tensors import real_dtype, real_numel, upload
 
 
 class DeviceState(EngineState):
@@ -39,6 +39,7 @@ class DeviceState(EngineState):
         last_step: The last schedule step for which every tabulated ``scale_fn`` has a value.
         tensor_lrs: Index and tensor of the learning rates that are tensors.
         idle_rows: int64[num_tensors, TENSOR_COLUMNS]: the tensor table without addresses.
+        has_float64: Whether some parameter is float64, and its updates need scalars of that dtype.
 
     Args:
         parameters: The parameters.
@@ -97,6 +98,7 @@ class DeviceState(EngineState):
             row[layout.NUMEL.value] = real_numel(param)
         self._idle_table = upload(self.idle_rows, device)
         self._num_tensors = len(parameters)
+        self.has_float64 = any(real_dtype(param.dtype) == torch.float64 for param in parameters.tensors)
         self._mirror_version = self.step_mirror._version
         self._reevaluation: Launch | None = None
         self.generation = 0
@@ -184,6 +186,7 @@ class DeviceState(EngineState):
                 SCALARS=self.scalars,
                 HAS_DECAY_SCHEDULE=self._rule.has_decay_schedule,
                 HAS_AVERAGING=self._averaging is not None,
+                HAS_FLOAT64=self.has_float64,
                 SCALE_FNS=self.scale_functions,
                 LANES=self._config.lanes,
             )

@@ -49,17 +49,29 @@ class LaunchConfig(NamedTuple):
         lanes: Lanes of an evaluator; no more than a program's threads, which would otherwise do float64 work twice.
         programs_per_multiprocessor: Updaters per multiprocessor. Each loops over its chunks: with a program per chunk,
             a million programs would do an atomic at one address.
+        limits_registers: Whether the compiler can be given a limit: CUDA's can.
     """
 
     block_size: int = 2048
     num_warps: int = 8
     lanes: int = 256
     programs_per_multiprocessor: int = 8
+    limits_registers: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
         """Compile options. Contraction to FMA is stated, since Triton's default changes between versions."""
         return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
+    def step_options(self, param_dtype: torch.dtype, num_states: int, averages: bool) -> dict[str, Any]:
+        """Compile options of updaters.
+
+        On CUDA, those that need more than 64 registers get a limit: for fewer, the compiler would spill.
+        """
+        options = self.options
+        if self.limits_registers and (param_dtype == torch.float64 or num_states > 2 or averages):
+            options["maxnreg"] = 128 if param_dtype == torch.float64 else 80
+        return options
 
     def for_warp_size(self, warp_size: int) -> LaunchConfig:
         """The configuration for a device whose warps have so many lanes: AMD has GPUs of 64 and of 32."""
@@ -71,7 +83,7 @@ class LaunchConfig(NamedTuple):
 #   and sm_100. Each thread loads 128 bytes of p, g, m, v at once, so that 64 KiB are in flight on each multiprocessor:
 #   more than twice what each of an H200's 132 needs for 4.3 TB/s at a latency of 700 ns.
 # hip: as many threads, in 4 warps of 64: 4 programs by registers on gfx942.
-CONFIGS = {"cuda": LaunchConfig(), "hip": LaunchConfig(num_warps=4)}
+CONFIGS = {"cuda": LaunchConfig(), "hip": LaunchConfig(num_warps=4, limits_registers=False)}
 
 
 def config_for_device() -> LaunchConfig:
@@ -241,7 +253,7 @@ def make_step_launches(
         launch = make_launch(
             step_kernel,
             num_evaluators + min(max(chunk_range.num_chunks, chunk_range.num_idle_chunks), max_updaters),
-            config.options,
+            config.step_options(combination.param_dtype, combination.num_states, common["HAS_AVERAGING"]),
             plan.device,
             **memory.step_arguments(),
             **common,

@@ -181,6 +181,7 @@ class TritonEngine(Engine):
             SCALARS=state.scalars,
             HAS_DECAY_SCHEDULE=self._rule.has_decay_schedule,
             HAS_AVERAGING=options.averaging is not None,
+            HAS_FLOAT64=state.has_float64,
             WRITE_BACK_GRADS=options.write_back_grads,
             SCALE_FNS=state.scale_functions,
         )

@@ -97,6 +97,13 @@ class Variant(NamedTuple):
         return CONFIGS[TARGETS[self.target].backend]
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Compile options."""
+        if self.kernel != "step_kernel":
+            return self.config.options
+        return self.config.step_options(getattr(torch, self.param_dtype), self.num_states, self.averages)
+
+    @property
     def block_size(self) -> int:
         """Elements of a chunk."""
         if self.kernel == "norm_kernel":
@@ -200,6 +207,7 @@ class Kernels:
             "SCALARS": scalars,
             "HAS_DECAY_SCHEDULE": variant.rule == "ADAM",
             "HAS_AVERAGING": variant.averages,
+            "HAS_FLOAT64": variant.param_dtype == "float64",
             "NUM_STATES": variant.num_states,
             "CLIP_EPS": CLIP_EPS,
             "IS_LAST": variant.is_last,
@@ -223,4 +231,4 @@ class Kernels:
             else:
                 signature[name] = "i32"
         source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
-        return triton.compile(source, target=target, options=variant.config.options)
+        return triton.compile(source, target=target, options=variant.options)

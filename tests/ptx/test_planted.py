@@ -36,7 +36,7 @@ class Fault(NamedTuple):
     misaligned: bool = False
 
 
-LIVE_LR = "applied_lr = tl.load(live_lane_ptr + NEXT_LR * num_groups, mask=is_group)"
+LIVE_LR = "lr = tl.load(live_ptr + NEXT_LR * num_groups + lane, mask=is_group)"
 FAULTS = {
     "a-relaxed-retire": Fault("step.py", 'sem="acq_rel"', 'sem="relaxed"', DataRace, r"read, then write.*control_ptr"),
     "a-norm-that-only-releases": Fault(
@@ -87,7 +87,7 @@ FAULTS = {
     "a-neighbour's-learning-rate": Fault(
         "evaluate.py",
         LIVE_LR,
-        LIVE_LR.replace("live_lane_ptr", "live_ptr + (lane + 40) % num_groups"),
+        LIVE_LR.replace("+ lane", "+ (lane + 40) % num_groups"),
         DataRace,
         "same program.*live_ptr",
     ),

@@ -160,9 +160,9 @@ def range_test(
         stop_factor: Stop when the smoothed loss exceeds the smallest so far by ``stop_factor - 1`` times its size, > 1;
             ``math.inf`` stops only at a loss that is not finite.
         smoothing: Weight of the past in the smoothed loss, in [0, 1).
-        restore: What else ``step`` changes: the model (else its buffers, such as the statistics of BatchNorm, and its
-            training flags are not restored), a `torch.amp.GradScaler`, other optimizers, `torch.Generator` objects,
-            anything with ``state_dict`` and ``load_state_dict``.
+        restore: What else ``step`` changes: the model, a `torch.amp.GradScaler`, other optimizers, `torch.Generator`
+            objects, anything with ``state_dict`` and ``load_state_dict``. Without the model, its buffers (such as the
+            statistics of BatchNorm) and its training flags are not restored.
         check_every: Calls of ``step`` between two reads of the losses, >= 1. Nothing else waits for the device. The
             result does not depend on it.
         progress: Show a progress bar, if tqdm is installed.

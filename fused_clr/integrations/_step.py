@@ -36,8 +36,8 @@ class _Assumed:
 class FrameworkStep:
     """A framework's training step, as a `GraphedStep` of its batches.
 
-    Numbers, strings and booleans that are attributes of the module, which of its parts are in training mode, and which
-    parameters require a gradient, are part of what a graph was captured for: other values have another graph.
+    A graph is captured for the numbers, strings and booleans that are attributes of the module, for the parts of it
+    that are in training mode, and for the parameters that require a gradient. Other values have another graph.
 
     Args:
         step: Forward, backward and update for a batch; returns tensors in any nesting.
@@ -122,7 +122,7 @@ class FrameworkStep:
             if isinstance(new, kinds) and (old is not new or lengths.get(name) != _lengths(after).get(name)):
                 raise RuntimeError(
                     f"the captured step changed {type(self._module).__name__}.{name}. A replay runs no Python code, "
-                    "and would not change it. Return the value from the step, or change it in a hook outside of the step"
+                    "and would not change it. Return the value from the step, or change it in a hook outside of it"
                 )
 
 

@@ -46,11 +46,18 @@ class CapturedTraining(Callback):
     ``self.log`` of tensors in ``training_step`` is repeated at every step with that step's value. The tensors that
     ``training_step`` returns reach ``on_train_batch_end`` as copies without autograd's graph.
 
-    Refused before training, since a replay would be wrong: another optimizer than a fused one or several, manual
-    optimization, accumulated gradients, ``detect_anomaly``, strategies other than one device and DDP, precision plugins
-    that are not Lightning's own, and hooks that run inside of the step (``on_after_backward`` and so on). In the step:
-    ``batch_idx``, ``current_epoch`` and ``global_step``; logging numbers or metrics; updating a
-    ``torchmetrics.Metric``; and, when it is captured, writing attributes of the module.
+    A replay would be wrong with these. They raise an error before training:
+
+    - an optimizer that is not a fused one, or several optimizers;
+    - manual optimization, accumulated gradients, ``detect_anomaly``;
+    - strategies other than one device and DDP, and precision plugins that are not Lightning's own;
+    - hooks that run inside of the step, such as ``on_after_backward``.
+
+    These raise an error in the step:
+
+    - reading ``batch_idx``, ``current_epoch`` or ``global_step``;
+    - logging numbers or metrics, or updating a ``torchmetrics.Metric``;
+    - writing attributes of the module while it is captured.
 
     Args:
         options: Those of `fused_clr.GraphedStep`. ``num_warmup_iters`` is 11 under DDP if it is not given.

@@ -26,10 +26,14 @@ class CapturedTraining(Base):  # type: ignore[misc]
     ``logging_nan_inf_filter`` (the Trainer's default) and the learning rate in its logs wait for the device at every
     step, outside of the graph. Set ``logging_nan_inf_filter=False`` for speed.
 
-    Refused before training, since a replay would be wrong: another optimizer than a fused one, accumulated gradients,
-    several devices in one process, FSDP and DeepSpeed, gradient checkpointing that saves the random state,
-    ``torch_empty_cache_steps``, and callbacks with ``on_pre_optimizer_step``. When the step is captured: writing
-    attributes of the model.
+    A replay would be wrong with these. They raise an error before training:
+
+    - an optimizer that is not a fused one;
+    - accumulated gradients, several devices in one process, FSDP, DeepSpeed;
+    - gradient checkpointing that saves the random state, ``torch_empty_cache_steps``;
+    - callbacks with ``on_pre_optimizer_step``.
+
+    Writing attributes of the model raises an error when the step is captured.
 
     Args:
         args: The Trainer's.

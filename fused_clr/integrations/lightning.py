@@ -64,7 +64,7 @@ class CapturedTraining(Callback):
 
     Raises:
         RuntimeError: Training cannot be captured; the message says why. Nothing has been trained.
-        TypeError: The optimizer is not a fused one, or an option is unknown.
+        TypeError: The optimizer is not a fused one, an option is unknown, or the Trainer is of ``pytorch_lightning``.
 
     Example:
         >>> trainer = Trainer(callbacks=[CapturedTraining()])  # doctest: +SKIP
@@ -82,6 +82,10 @@ class CapturedTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that training can be captured, and takes over the step."""
+        given: Any = trainer
+        if not isinstance(given, Trainer):
+            package = type(given).__module__.partition(".")[0]
+            raise TypeError(f"CapturedTraining needs lightning.pytorch, got a Trainer of {package}; import the former")
         refusal = _refusal(trainer, pl_module)
         if refusal is not None:
             raise RuntimeError(f"CapturedTraining cannot capture this training: {refusal}")

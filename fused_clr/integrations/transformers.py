@@ -97,7 +97,9 @@ class CapturedTraining(Base):  # type: ignore[misc]
             take_step()
             return loss, norm
 
-        self._captured_step = FrameworkStep(step, model, optimizer, options)
+        # DistributedDataParallel writes its own attributes.
+        module = self.accelerator.unwrap_model(model)
+        self._captured_step = FrameworkStep(step, module, optimizer, options)
         # The Trainer calls it after training_step, which has taken the step.
         wrapper.step = lambda closure=None: None
         return self._captured_step

@@ -274,6 +274,13 @@ def test_torchs_optimizer_is_refused_before_training(tmp_path: Path) -> None:
         fit(Regression(), tmp_path, CapturedTraining(num_warmup_iters=0))
 
 
+def test_the_package_of_the_old_name_is_refused() -> None:
+    old = pytest.importorskip("pytorch_lightning")
+    trainer = old.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[CapturedTraining()])
+    with pytest.raises(TypeError, match=r"needs lightning.pytorch, got a Trainer of pytorch_lightning"):
+        next(c for c in trainer.callbacks if isinstance(c, CapturedTraining)).on_fit_start(trainer, Regression())
+
+
 def step_that(body: Callable[[Any, torch.Tensor, int], Any]) -> type[Regression]:
     class Wrong(Regression):
         def __init__(self) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from ._checks import check_bool
 from ._device.moments import AVERAGE
 from ._device.rules import UpdateRule
-from ._host.hyperparameters import OWN_KEYS, check_options, check_schedule_step
+from ._host.hyperparameters import N_AVERAGED, OWN_KEYS, check_options, check_schedule_step
 from ._host.optimizer import FusedOptimizer
 from .optim import FusedAdam, FusedAdamW, FusedSGD, StepOptions
 from .scheduler import CyclicLR, FusedScheduler
@@ -24,7 +24,7 @@ from .scheduler.torchs import class_name, kind_of_ours, kind_of_torchs, make_tor
 from .schedules import Schedule
 from .schedules.base import function_name
 
-FUSED_KEYS = ("schedule", *OWN_KEYS)
+FUSED_KEYS = ("schedule", N_AVERAGED, *OWN_KEYS)
 # The first one that fits decides.
 OPTIMIZERS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.AdamW: FusedAdamW,

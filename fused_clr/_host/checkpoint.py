@@ -17,11 +17,15 @@ from .._device.sharding import is_dtensor
 from .._device.tensors import has_memory
 from .._warnings import warn
 from ..schedules import Schedule
-from .hyperparameters import MAX_SCHEDULE_STEP, check_has_decay_schedule, check_hyperparameter, check_schedule_step
+from .hyperparameters import (
+    MAX_SCHEDULE_STEP,
+    N_AVERAGED,
+    check_has_decay_schedule,
+    check_hyperparameter,
+    check_n_averaged,
+    check_schedule_step,
+)
 from .param_group import ParamGroup
-
-# Key of a saved group: how often its parameters were averaged.
-N_AVERAGED = "n_averaged"
 
 
 class Readings(NamedTuple):
@@ -166,10 +170,7 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule, has_averag
             raise ValueError(f"{name} has {len(group['params'])} parameters, the optimizer {len(params)}")
         values = {key: value for key, value in group.items() if key not in ("params", "schedule")}
         if has_averages:
-            count = values.pop(N_AVERAGED, 0)
-            average_counts.append(
-                check_integer(f"{name}[{N_AVERAGED!r}]", count, "an integer in [0, 2**53]", lambda n: 0 <= n <= 2**53)
-            )
+            average_counts.append(check_n_averaged(f"{name}[{N_AVERAGED!r}]", values.pop(N_AVERAGED, 0)))
         if values.get("weight_decay_schedule") is not None:
             key = "weight_decay_schedule"
             values[key] = _decode(f"{name}[{key!r}]", values[key], own.weight_decay_schedule)

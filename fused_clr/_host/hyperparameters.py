@@ -22,6 +22,8 @@ MAX_SCHEDULE_STEP = 2**53
 FLAGS = ("amsgrad", "maximize", "nesterov", "capturable", "decoupled_weight_decay")
 # Keys of a param group that torch's optimizers do not have. ``schedule`` is one more, with rules of its own.
 OWN_KEYS = ("weight_decay_mode", "weight_decay_max_lr", "weight_decay_schedule")
+# How often the parameters of a group were averaged: a key of the group, so that distributed checkpoints have it.
+N_AVERAGED = "n_averaged"
 WEIGHT_DECAY_MODES = ("lr", "lr_ratio", "constant", "corrected")
 FLAGS_OR_NONE = ("foreach", "fused")
 
@@ -155,6 +157,22 @@ def _checked_betas(value: Any) -> tuple[Any, Any]:
         check_number_or_tensor("betas[0]", value[0], *allowed),
         check_number_or_tensor("betas[1]", value[1], *allowed),
     )
+
+
+def check_n_averaged(name: str, count: Any) -> int:
+    """Checks how often the parameters of a group were averaged.
+
+    Args:
+        name: Its name in error messages.
+        count: The value.
+
+    Returns:
+        int in [0, 2**53].
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    return check_integer(name, count, "an integer in [0, 2**53]", lambda n: 0 <= n <= 2**53)
 
 
 def check_schedule_step(name: str, step: Any) -> int:

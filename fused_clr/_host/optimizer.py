@@ -30,10 +30,12 @@ from . import checkpoint
 from .averages import check_averaging, copied_state_dict, exchanged, pairs_of
 from .hyperparameters import (
     MAX_SCHEDULE_STEP,
+    N_AVERAGED,
     OWN_KEYS,
     check_has_decay_schedule,
     check_hyperparameter,
     check_max_grad_norm,
+    check_n_averaged,
     check_options,
     check_schedule_step,
 )
@@ -248,10 +250,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     @uncompiled
     def read_scheduled(self, group: ParamGroup) -> tuple[float, float] | None:
         """Current learning rate and momentum of ``group``; None if it is not in the optimizer (yet)."""
+        index = self._index_of(group)
+        return None if index is None else self._read_lr_and_momentum()[index]
+
+    def _index_of(self, group: ParamGroup) -> int | None:
         groups, index = self.param_groups, self._group_indices.get(id(group), -1)
-        if not (0 <= index < len(groups) and groups[index] is group):
-            index = next((i for i, own in enumerate(groups) if own is group), -1)
-        return None if index < 0 else self._read_lr_and_momentum()[index]
+        if 0 <= index < len(groups) and groups[index] is group:
+            return index
+        return next((i for i, own in enumerate(groups) if own is group), None)
 
     def accepts_lr(self, group: ParamGroup, value: float) -> bool:
         """Whether ``value`` may be written to a scheduled ``lr``: it is the current one, or an assigned epoch's."""
@@ -321,6 +327,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len({id(param) for param in values["params"]}) != len(values["params"]):
             raise ValueError(f"param_groups[{index}]['params'] must not hold a parameter twice")
         schedule = values.pop("schedule", None)
+        if self.averaging is not None:
+            values[N_AVERAGED] = 0
         group = ParamGroup({**values, "schedule": None}, weakref.ref(self))
         group.set_schedule(schedule)
         return group
@@ -528,6 +536,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         check_averaging(self.averaging)
         return self._ready().average_counts()
+
+    def read_n_averaged(self, group: ParamGroup) -> int | None:
+        """How often the parameters of ``group`` were averaged; None if it is not in the optimizer (yet)."""
+        index = self._index_of(group)
+        return None if index is None else self.n_averaged[index]
+
+    def write_n_averaged(self, group: ParamGroup, count: Any) -> None:
+        """``group["n_averaged"] = count``."""
+        count, index = check_n_averaged(N_AVERAGED, count), self._index_of(group)
+        if index is None:
+            group.store(N_AVERAGED, count)
+            return
+        counts = self.n_averaged
+        # Wrappers of optimizers write all keys back at every step.
+        if counts[index] != count:
+            counts[index] = count
+            self._engines.set_average_counts(counts)
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -801,7 +826,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             # Older checkpoints of torch lack newer keys.
             own = {name: group.stored(name) for name in OWN_KEYS if name in group}
             values = {**self.defaults, **own, **saved, "schedule": schedule or group.schedule}
-            values |= {name: group.stored(name) for name in ("params", "param_names") if name in group}
+            values |= {name: group.stored(name) for name in ("params", "param_names", N_AVERAGED) if name in group}
             if schedule is None and group.schedule is not None and group.schedule.drives_momentum:
                 # A checkpoint of torch's pair, whose momentum is the scheduler's: the group keeps its own.
                 values[key] = self.rule.with_momentum(saved[key], self.rule.momentum_in(group.stored(key)))

@@ -12,8 +12,9 @@ from .._device.rules import UpdateRule
 from .._device.settings import GroupSettings
 from .._torch_internals import calling_scheduler
 from .._warnings import warn
+from ..averaging import Averaging
 from ..schedules import OneCycle, Schedule
-from .hyperparameters import check_has_decay_schedule, check_hyperparameter
+from .hyperparameters import N_AVERAGED, check_has_decay_schedule, check_hyperparameter
 from .watched import WatchedDict, WatchedList
 
 
@@ -25,6 +26,10 @@ class Owner(Protocol):
     @property
     def rule(self) -> UpdateRule:
         """The update rule."""
+
+    @property
+    def averaging(self) -> Averaging | None:
+        """Which steps average the parameters."""
 
     def on_group_change(self, key: str) -> None:
         """The value of ``key`` was written in some group."""
@@ -40,6 +45,12 @@ class Owner(Protocol):
 
     def read_scheduled(self, group: ParamGroup) -> tuple[float, float] | None:
         """Current learning rate and momentum of ``group``; None if it is not in the optimizer (yet)."""
+
+    def read_n_averaged(self, group: ParamGroup) -> int | None:
+        """How often the parameters of ``group`` were averaged; None if it is not in the optimizer (yet)."""
+
+    def write_n_averaged(self, group: ParamGroup, count: Any) -> None:
+        """Sets it."""
 
     def read_schedule_step(self) -> int:
         """The schedule step of the values that groups show."""
@@ -156,6 +167,10 @@ class ParamGroup(WatchedDict):
         if key == "weight_decay" and self.weight_decay_schedule is not None:
             optimizer = self._owner()
             return stored if optimizer is None else self.weight_decay_schedule.lr(optimizer.read_schedule_step())
+        if key == N_AVERAGED:
+            optimizer = self._owner()
+            count = None if optimizer is None or optimizer.averaging is None else optimizer.read_n_averaged(self)
+            return stored if count is None else count
         if key not in ("lr", self._rule.momentum_key) or key not in self.scheduled_keys:
             return stored
         optimizer = self._owner()
@@ -166,10 +181,13 @@ class ParamGroup(WatchedDict):
 
     def __setitem__(self, key: str, value: Any) -> None:
         value = check_hyperparameter(key, value, new=False)
-        if key in self and _is_same(value, self.stored(key)) and key not in self.scheduled_keys:
+        if key in self and _is_same(value, self.stored(key)) and key not in (*self.scheduled_keys, N_AVERAGED):
             # Wrappers of optimizers write all keys back at every step.
             return
         optimizer = self._owner()
+        if key == N_AVERAGED and optimizer is not None and optimizer.averaging is not None:
+            optimizer.write_n_averaged(self, value)
+            return
         if key == "schedule" and optimizer is not None:
             optimizer.change_schedule(self, value)
             return

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from fused_clr import Averaging, CyclicLR, FusedAdam, FusedAdamW, GraphedStep, fuse, range_test, unfuse
 from fused_clr.schedules import Constant, Cyclic, OneCycle
@@ -222,7 +228,7 @@ def test_bad_options() -> None:
     params = [nn.Parameter(torch.ones(2))]
     with pytest.raises(TypeError, match=r"averaging must be a fused_clr.Averaging or None, got str"):
         FusedAdam(params, averaging="swa")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"averaging holds for all groups: pass it to the optimizer"):
+    with pytest.raises(ValueError, match=r"averaging applies to all groups: pass it to the optimizer"):
         FusedAdam([{"params": params, "averaging": Averaging.swa()}])
 
 
@@ -281,6 +287,7 @@ def test_converted() -> None:
         unfuse(optimizer, scheduler)
     plain, _ = unfuse(optimizer, scheduler, drop_averages=True)
     assert all(set(entry) == {"step", "exp_avg", "exp_avg_sq"} for entry in plain.state.values())
+    assert "n_averaged" not in plain.param_groups[0]
     train(model, plain, 1)
 
 
@@ -332,3 +339,38 @@ def test_replays_of_a_graphed_step(backend: str, request: pytest.FixtureRequest)
         assert_close(copies(list(model.parameters())), mean_of(seen[2::3]))
         with pytest.raises(RuntimeError, match="must not be called in the body of averaged_parameters"):
             graphed(x)
+
+
+def test_the_count_is_a_key_of_each_group() -> None:
+    model = Model()
+    groups = [{"params": [model.first.weight]}, {"params": [model.first.bias, *model.norm.parameters()]}]
+    optimizer = FusedAdam(groups, lr=0.1, averaging=Averaging.swa(every=1))
+    train(model, optimizer, 3)
+    assert [dict(group)["n_averaged"] for group in optimizer.param_groups] == [3, 3]
+    optimizer.param_groups[1]["n_averaged"] = 1
+    assert optimizer.n_averaged == [3, 1]
+    before = optimizer.state[model.first.bias]["average"].clone()
+    seen = train(model, optimizer, 1)
+    assert optimizer.n_averaged == [4, 2]
+    assert_close([optimizer.state[model.first.bias]["average"]], [(before + seen[0][1]) / 2])
+    with pytest.raises(ValueError, match=r"n_averaged must be an integer in \[0, 2\*\*53\], got -1"):
+        optimizer.param_groups[0]["n_averaged"] = -1
+    # A group that a user puts in the place of one keeps the count.
+    optimizer.param_groups[0] = dict(optimizer.param_groups[0])
+    assert optimizer.n_averaged == [4, 2]
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
+def test_distributed_checkpoints_have_the_averages(flatten: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, other = Model(), Model(seed=1)
+    optimizers = [FusedAdam(each.parameters(), lr=0.1, averaging=Averaging.swa(every=1)) for each in (model, other)]
+    train(model, optimizers[0], 3)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizers[0], options=options))
+    set_optimizer_state_dict(other, optimizers[1], saved, options=options)
+    other.load_state_dict(model.state_dict())
+    assert optimizers[1].n_averaged == [3]
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        train(each, optimizer, 1)
+    for param, own in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(optimizers[0].state[param]["average"], optimizers[1].state[own]["average"])

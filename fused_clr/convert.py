@@ -24,7 +24,7 @@ from .scheduler.torchs import class_name, kind_of_ours, kind_of_torchs, make_tor
 from .schedules import Schedule
 from .schedules.base import function_name
 
-FUSED_KEYS = ("schedule", N_AVERAGED, *OWN_KEYS)
+FUSED_KEYS = ("schedule", *OWN_KEYS)
 # The first one that fits decides.
 OPTIMIZERS: dict[type[torch.optim.Optimizer], type[FusedOptimizer]] = {
     torch.optim.AdamW: FusedAdamW,
@@ -116,6 +116,10 @@ def fuse(
     fused_scheduler._step_count = getattr(scheduler, "_step_count", 1)
     # Raises here, and not at the next step, if no backend supports the parameters.
     fused._ready()
+    if fused.averaging is not None:
+        for fused_group, group in zip(fused.param_groups, groups, strict=True):
+            # With the averages, from a checkpoint of a fused optimizer.
+            fused_group[N_AVERAGED] = group.get(N_AVERAGED, 0)
     return fused, fused_scheduler
 
 
@@ -192,6 +196,7 @@ def unfuse(
                     f"param_groups[{index}] has {key}={group[key]!r}, which cannot be converted: torch's AdamW has none"
                 )
         values = _without_own_keys(group)
+        values.pop(N_AVERAGED, None)
         stored_lr = group.stored("lr")
         if isinstance(stored_lr, Tensor):
             values["lr"] = stored_lr

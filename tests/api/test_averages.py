@@ -291,6 +291,20 @@ def test_converted() -> None:
     train(model, plain, 1)
 
 
+def test_averages_that_torch_carried_are_converted() -> None:
+    model = Model()
+    optimizer = FusedAdam(model.parameters(), lr=0.1, averaging=Averaging.swa(every=1))
+    seen = train(model, optimizer, 3)
+    plain = torch.optim.Adam(model.parameters(), lr=0.1)
+    plain.load_state_dict(optimizer.state_dict())
+    scheduler = torch.optim.lr_scheduler.CyclicLR(plain, 0.01, 0.1, step_size_up=2, cycle_momentum=False)
+    optimizer, _ = fuse(plain, scheduler, averaging=Averaging.swa(every=1))
+    assert optimizer.n_averaged == [3]
+    seen += train(model, optimizer, 1)
+    with optimizer.averaged_parameters():
+        assert_close(copies(list(model.parameters())), mean_of(seen))
+
+
 def test_a_range_test_leaves_no_trace() -> None:
     model, twin = Model(), Model()
     optimizers = [

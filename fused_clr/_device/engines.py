@@ -14,6 +14,7 @@ from ..schedules import Schedule
 from ..telemetry import Status
 from .capture import CapturedStep, refuse_capture
 from .engine import Engine, EngineSetup, Snapshot
+from .moments import AVERAGE
 from .rules import UpdateRule
 from .settings import GroupSettings, Options, TensorRecord
 from .status import StatusCopy
@@ -132,9 +133,13 @@ class Engines:
             refuse_capture(
                 device, "the optimizer was used for the first time since it was created or its groups changed,"
             )
+        counts_before: list[int] = []
         if self._engines:
+            counts_before = [] if self.options.averaging is None else self.average_counts()
             if adopt:
-                self.adopt_state()
+                self.adopt_state(state)
+            else:
+                self._drop_lost_averages(state)
             snapshot = self.snapshots()[0]
             self._schedule_step = snapshot.status.schedule_step
             self._counts = snapshot.status.applied_steps, snapshot.status.skipped_steps
@@ -169,7 +174,11 @@ class Engines:
         for own in records.values():
             for record in own:
                 # A parameter that joins a group is averaged with the others from now on.
-                count = self._average_counts.get(record.param, 0)
+                count = self._average_counts.get(record.param)
+                if count is None:
+                    # A parameter in the place of another, with its state.
+                    continues = AVERAGE in (state.get(record.param) or {}) and record.group_index < len(counts_before)
+                    count = counts_before[record.group_index] if continues else 0
                 average_counts[record.group_index] = max(average_counts[record.group_index], count)
         for engine in engines:
             engine.state.set_counts(*self._counts)
@@ -187,12 +196,28 @@ class Engines:
         # A copy that has not arrived has the old shape.
         self._pending = None
 
-    def adopt_state(self) -> None:
+    def adopt_state(self, state: Mapping[Tensor, Any]) -> None:
         """Applies what a user wrote into ``optimizer.state``: steps at once, state tensors at their next use."""
         self.refuse_capture("the optimizer's state was written")
+        self._drop_lost_averages(state)
         for engine in self._engines:
             engine.state.set_update_steps(engine.moments.adopt_steps(engine.state.get_update_steps()))
             engine.forget_plans()
+
+    def _drop_lost_averages(self, state: Mapping[Tensor, Any]) -> None:
+        """Starts the count of a group anew if a user has removed the averages of all its parameters."""
+        if self.options.averaging is None:
+            return
+        kept, lost = set(), set()
+        for engine in self._engines:
+            for record, step in zip(engine.parameters.records, engine.state.get_update_steps(), strict=True):
+                if AVERAGE in (state.get(record.param) or {}):
+                    kept.add(record.group_index)
+                elif step:
+                    lost.add(record.group_index)
+        if lost - kept:
+            counts = [0 if index in lost - kept else count for index, count in enumerate(self.average_counts())]
+            self.set_average_counts(counts)
 
     def hand_out_state(self) -> None:
         """Lets the user have state tensors; see `Moments.hand_out`."""

@@ -30,7 +30,7 @@ def check_averaging(averaging: Averaging | None) -> Averaging:
 def pairs_of(
     groups: Sequence[ParamGroup], state: Mapping[Any, Any], counts: Sequence[int], averaging: Averaging
 ) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter that was averaged, with its average; of a sharded one, the shards in this process.
+    """Each parameter that was averaged, with its average; of a sharded one, the average's shard in this process.
 
     Args:
         groups: The param groups.
@@ -53,21 +53,22 @@ def pairs_of(
         for param in group.stored("params"):
             average = (state.get(param) or {}).get(AVERAGE)
             if average is not None:
-                pairs.append((local_tensor(param).detach(), local_tensor(average)))
+                pairs.append((param, local_tensor(average)))
     return pairs
 
 
 @contextmanager
 def exchanged(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """In the body, the parameters hold their averages."""
-    saved = [(param, param.clone()) for param, _ in pairs]
+    saved = [(param, local_tensor(param).detach().clone()) for param, _ in pairs]
     try:
         for param, average in pairs:
-            param.copy_(average)
+            local_tensor(param).detach().copy_(average)
         yield
     finally:
         for param, values in saved:
-            param.copy_(values)
+            # Its present memory: the body may have moved it, as module.to() does.
+            local_tensor(param).detach().copy_(values)
 
 
 def copied_state_dict(groups: Sequence[ParamGroup], module: torch.nn.Module | None) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._group_indices = {id(group): index for index, group in enumerate(self.param_groups)}
             self._structure_changed = self._state_changed = self._settings_changed = False
         if self._state_changed or engines.steps_moved():
-            engines.adopt_state()
+            engines.adopt_state(self._state)
             self._state_changed = False
         if self._settings_changed:
             engines.set_groups(self._settings())

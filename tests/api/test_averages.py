@@ -84,6 +84,42 @@ def test_the_parameters_are_back_after_an_exception() -> None:
     train(model, optimizer, 1)
 
 
+def test_the_body_may_move_the_parameters() -> None:
+    model = Model()
+    optimizer = FusedAdam(model.parameters(), lr=0.1, averaging=Averaging.ema(0.5))
+    seen = train(model, optimizer, 3)
+    with optimizer.averaged_parameters():
+        model.double()
+    assert_close([param.float() for param in copies(list(model.parameters()))], seen[-1])
+
+
+@pytest.mark.parametrize("clear", [lambda o: o.state.clear(), lambda o: setattr(o, "state", {})], ids=["clear", "new"])
+def test_removed_averages_start_anew(clear: Any) -> None:
+    model = Model()
+    optimizer = FusedAdam(model.parameters(), lr=0.1, averaging=Averaging.swa(every=1))
+    train(model, optimizer, 3)
+    clear(optimizer)
+    assert optimizer.n_averaged == [0]
+    seen = train(model, optimizer, 2)
+    with optimizer.averaged_parameters():
+        assert_close(copies(list(model.parameters())), mean_of(seen))
+
+
+def test_a_parameter_in_the_place_of_another() -> None:
+    """With the other's state, as loops do that add or remove rows of a parameter."""
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = FusedAdam(model.parameters(), lr=0.1, averaging=Averaging.swa(every=1))
+    seen = train(model, optimizer, 3)
+    state = optimizer.state.pop(model.weight)
+    model.weight = nn.Parameter(model.weight.detach().clone())
+    optimizer.param_groups[0]["params"][0] = model.weight
+    optimizer.state[model.weight] = state
+    seen += train(model, optimizer, 1)
+    assert optimizer.n_averaged == [4]
+    with optimizer.averaged_parameters():
+        assert_close(copies(list(model.parameters())), mean_of(seen))
+
+
 def test_an_exception_while_the_averages_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     optimizer = FusedAdam(model.parameters(), lr=0.1, averaging=Averaging.ema(0.5))

@@ -225,8 +225,9 @@ class Moments:
         for key in [key for key in saved if key not in ("step", *used)]:
             value = deepcopy(saved[key])
             if isinstance(value, Tensor):
-                # As torch does.
-                value = value.to(param.device, param.dtype if param.is_floating_point() else value.dtype)
+                # As torch does, but for an average that another optimizer may continue.
+                casts = param.is_floating_point() and key != AVERAGE
+                value = value.to(param.device, param.dtype if casts else value.dtype)
             dict.__setitem__(own, key, value)
 
     def steps_moved(self) -> bool:

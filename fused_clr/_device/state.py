@@ -283,6 +283,7 @@ class DeviceState(EngineState):
 
     def get_average_counts(self) -> list[int]:
         """See `EngineState.get_average_counts`."""
+        self.refuse_capture("n_averaged was read")
         return self._by_group(self.memory.average_counts.cpu().numpy())
 
     def _by_group(self, counts: NDArray[np.int64]) -> list[int]:

@@ -262,13 +262,14 @@ def test_a_checkpoint_without_averages_starts_them() -> None:
 
 
 @pytest.mark.usefixtures("backend")
-def test_an_optimizer_without_averaging_keeps_saved_averages() -> None:
-    ours = make_pair(True, averaging=Averaging.ema(0.9))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_without_averaging_keeps_saved_averages(dtype: torch.dtype) -> None:
+    ours = make_pair(True, averaging=Averaging.ema(0.9), dtype=dtype)
     run(ours, Peer(ours.params, ours.optimizer.averaging), range(3))
     saved = copy.deepcopy(ours.optimizer.state_dict())
-    plain = make_pair(True)
+    plain = make_pair(True, dtype=dtype)
     plain.optimizer.load_state_dict(saved)
-    again = make_pair(True, averaging=Averaging.ema(0.9))
+    again = make_pair(True, averaging=Averaging.ema(0.9), dtype=dtype)
     again.optimizer.load_state_dict(plain.optimizer.state_dict())
     assert again.optimizer.n_averaged == [3, 3]
     for param, own in zip(again.params, ours.params, strict=True):
@@ -310,6 +311,13 @@ def test_captured_with_a_graph(emulated_cuda: None) -> None:
     rewrite_gradients(ours, 1)
     with capture(graph):
         ours.optimizer.step()
+        with pytest.raises(RuntimeError, match="n_averaged was read during CUDA graph capture"):
+            ours.optimizer.param_groups[0]["n_averaged"]
+        with (
+            pytest.raises(RuntimeError, match="n_averaged was read during CUDA graph capture"),
+            ours.optimizer.averaged_parameters(),
+        ):
+            pass
     for number in range(1, 9):
         rewrite_gradients(ours, number)
         graph.replay()

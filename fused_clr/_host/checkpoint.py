@@ -67,7 +67,7 @@ def pack(
         "updates": max(readings.update_steps.values(), default=0) if rule.has_step else 0,
     }
     ids: dict[int, int] = {}
-    on_device = set()
+    on_device, averaged = set(), set()
     packed_groups = []
     for index, (group, (lr, momentum)) in enumerate(zip(groups, readings.lr_and_momentum, strict=True)):
         packed = {key: group.stored(key) for key in group if key != "params"}
@@ -86,6 +86,8 @@ def pack(
             ids[id(param)] = len(ids)
             if group.stored("fused") or group.stored("capturable"):
                 on_device.add(id(param))
+            if packed.get(N_AVERAGED):
+                averaged.add(id(param))
         packed["params"] = [ids[id(param)] for param in group.stored("params")]
         packed_groups.append(packed)
 
@@ -97,6 +99,8 @@ def pack(
             # A state without an update is one that torch's optimizer would not have yet.
             if not (key in readings.update_steps and readings.update_steps[key] == 0):
                 packed_state[ids[id(key)]] = dict(entry)
+            elif id(key) in averaged and AVERAGE in entry:
+                packed_state[ids[id(key)]] = {AVERAGE: entry[AVERAGE]}
         elif entry and "step" not in entry:
             packed_state[ids[id(key)]] = dict(entry)
         elif entry:

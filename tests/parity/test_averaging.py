@@ -113,6 +113,35 @@ def test_without_momentum_there_is_only_the_average() -> None:
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_saves_averages_of_parameters_that_rest(momentum: float) -> None:
+    """SGD's state tells no count of updates: the average alone is a state."""
+    averaging = Averaging.swa(every=1)
+    ours = make_pair(
+        True, optimizer_case=OPTIMIZERS["SGD"], averaging=averaging, cyclic={"cycle_momentum": False}, momentum=momentum
+    )
+    peer = Peer(ours.params, averaging)
+    run(ours, peer, range(3))
+    for _ in range(2):
+        other = make_pair(
+            True,
+            optimizer_case=OPTIMIZERS["SGD"],
+            averaging=averaging,
+            cyclic={"cycle_momentum": False},
+            momentum=momentum,
+        )
+        for param, own in zip(other.params, ours.params, strict=True):
+            param.data.copy_(own)
+        other.optimizer.load_state_dict(ours.optimizer.state_dict())
+        ours, peer.params = other, other.params
+        assert set(ours.optimizer.state) == set(ours.params)
+        # No update of any parameter.
+        step(ours)
+        peer.update(0)
+        peer.check(ours.optimizer)
+
+
+@pytest.mark.usefixtures("backend")
 def test_parameters_without_a_schedule_and_complex_ones() -> None:
     param = torch.nn.Parameter(torch.randn(70, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)))
     optimizer = FusedAdam([param], lr=0.1, averaging=Averaging.swa(every=2))

@@ -327,6 +327,14 @@ class TritonEngine(Engine):
     def present_places(self, active: Sequence[int]) -> tuple[list[Place], list[Place | None], list[Place]]:
         """Places that a captured launch depends on. See `CapturableEngine`."""
         records = self.parameters.records
+        if self._options.averaging is not None:
+            addressed = set(active)
+            late = [i for i in range(len(records)) if i not in addressed and self.moments.average(i) is not None]
+            if late:
+                raise RuntimeError(
+                    f"{self.parameters.names(late)} got an average after the capture, and a replay would not average "
+                    "it; capture the step again"
+                )
         params = [Place.of(records[index].name, self.parameters.tensors[index]) for index in active]
         grads = [
             None if grad is None else Place.of(f"the gradient of {record.name}", grad)

@@ -329,6 +329,22 @@ def test_later_groups_and_parameters() -> None:
     torch.testing.assert_close(ours.optimizer.state[second]["average"], (2 * start + stored[0][1] + stored[1][1]) / 4)
 
 
+@pytest.mark.usefixtures("triton_backend")
+def test_a_graph_from_before_a_parameter_was_trained() -> None:
+    """Its replays would count averages of that parameter and not make them."""
+    ours = make_pair(True, averaging=Averaging.ema(0.9))
+    for number, active in enumerate([(0, 1, 2), (0, 1, 2, 3), (0, 1, 2)]):
+        rewrite_gradients(ours, number, active)
+        if number:
+            step(ours)
+        else:
+            with testing.record_launches():
+                ours.optimizer.step()
+            ours.optimizer.check_replay()
+    with pytest.raises(RuntimeError, match=r"param_groups\[1\]\['params'\]\[1\] got an average after the capture"):
+        ours.optimizer.check_replay()
+
+
 def test_captured_with_a_graph(emulated_cuda: None) -> None:
     averaging = Averaging.swa(every=3)
     ours = make_pair(True, averaging=averaging)

@@ -96,7 +96,8 @@ class OperatorRecorder(TorchDispatchMode):
             tensor.copy_(before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in WAITING:
+        masks = pytree.tree_leaves(args[1:]) if func is torch.ops.aten.index.Tensor else ()
+        if func in WAITING or any(isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in masks):
             raise RuntimeError(
                 f"{func} would wait for the device, and a capture forbids that: the step reads a tensor's value "
                 "(.item(), float(), bool(), a mask as an index)"

@@ -219,7 +219,11 @@ def test_a_step_that_fails_leaves_no_graph() -> None:
 
 
 @pytest.mark.usefixtures("emulated_cuda")
-@pytest.mark.parametrize("read", [torch.Tensor.item, float, bool, lambda loss: torch.equal(loss, loss)])
+@pytest.mark.parametrize(
+    "read",
+    [torch.Tensor.item, float, bool, lambda loss: torch.equal(loss, loss), lambda loss: loss[None][loss[None] > 0]],
+    ids=["item", "float", "bool", "equal", "mask"],
+)
 def test_an_emulated_graph_refuses_to_wait_as_a_real_one_does(read: Any) -> None:
     model, optimizer, _ = graphed_model()
 

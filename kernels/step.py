@@ -54,7 +54,7 @@ def to_pointer(address, offset, DTYPE: tl.constexpr, PROMISE: tl.constexpr):
 
 @triton.jit
 def average_elements(average_ptr, offsets, mask, param, weight):
-    """Moves an average towards the parameter. As torch's lerp, exact for a weight of 1.
+    """Moves an average towards the parameter, as torch's lerp. A weight of 1 copies, whatever the average was.
 
     Args:
         average_ptr: float32 or float64 pointer.
@@ -68,8 +68,10 @@ def average_elements(average_ptr, offsets, mask, param, weight):
     # Scalars, not blocks, take the branch.
     if weight < 0.5:
         average += weight * change
-    else:
+    elif weight < 1:
         average = param - change * (1 - weight)
+    else:
+        average = param
     tl.store(average_ptr + offsets, average, mask=mask)
 
 

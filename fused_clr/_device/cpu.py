@@ -285,6 +285,10 @@ class CpuEngine(Engine):
         for index, weight in enumerate(self.state.count_averages()):
             if weight and index in averages:
                 params, own = averages[index]
+                if weight == 1.0:
+                    # A lerp would keep a NaN.
+                    torch._foreach_copy_(own, params)
+                    continue
                 torch._foreach_lerp_(own, [param.to(a.dtype) for param, a in zip(params, own, strict=True)], weight)
 
     def tick(self) -> None:

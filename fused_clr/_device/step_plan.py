@@ -69,8 +69,13 @@ class LaunchConfig(NamedTuple):
         On CUDA, those that need more than 64 registers get a limit: for fewer, the compiler would spill.
         """
         options = self.options
-        if self.limits_registers and (param_dtype == torch.float64 or num_states > 2 or averages):
-            options["maxnreg"] = 128 if param_dtype == torch.float64 else 80
+        if self.limits_registers and param_dtype == torch.float64:
+            options["maxnreg"] = 128
+        elif self.limits_registers and averages and num_states < 2:
+            # Their evaluators need more than their updaters.
+            options["maxnreg"] = 96
+        elif self.limits_registers and num_states + averages > 2:
+            options["maxnreg"] = 80
         return options
 
     def for_warp_size(self, warp_size: int) -> LaunchConfig:

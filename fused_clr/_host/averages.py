@@ -71,6 +71,29 @@ def exchanged(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
             local_tensor(param).detach().copy_(values)
 
 
+def check_module(groups: Sequence[ParamGroup], module: Any) -> None:
+    """Checks that averages can be given the names of a module's parameters, or without one the optimizer's.
+
+    Raises:
+        TypeError: ``module`` is neither a module nor None.
+        ValueError: It has none of the parameters; or it is None, and the parameters have no names.
+    """
+    if module is None:
+        if not all(group.stored("param_names") for group in groups):
+            raise ValueError(
+                "module must be given, since the parameters have no names; or create the optimizer with "
+                "model.named_parameters()"
+            )
+        return
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module or None, got {type(module).__name__}")
+    own = {id(param) for group in groups for param in group.stored("params")}
+    if own and own.isdisjoint(map(id, module.parameters())):
+        raise ValueError(
+            f"module must have parameters of this optimizer, got {type(module).__name__} with none of them"
+        )
+
+
 def copied_state_dict(groups: Sequence[ParamGroup], module: torch.nn.Module | None) -> dict[str, Any]:
     """A copy of the module's ``state_dict``, or without one of the parameters by the optimizer's names for them."""
     if module is not None:

@@ -27,7 +27,7 @@ from ..averaging import Averaging
 from ..schedules import Constant, Decay, Schedule, sequence
 from ..telemetry import History, Live, Status
 from . import checkpoint
-from .averages import check_averaging, copied_state_dict, exchanged, pairs_of
+from .averages import check_averaging, check_module, copied_state_dict, exchanged, pairs_of
 from .hyperparameters import (
     MAX_SCHEDULE_STEP,
     N_AVERAGED,
@@ -599,13 +599,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: See `averaged_parameters`.
-            ValueError: ``module`` is None, and the parameters have no names.
+            TypeError: ``module`` is not a module.
+            ValueError: ``module`` has none of the parameters; or it is None, and the parameters have no names.
         """
-        if module is None and not all(group.stored("param_names") for group in self.param_groups):
-            raise ValueError(
-                "module must be given, since the parameters have no names; or create the optimizer with "
-                "model.named_parameters()"
-            )
+        check_averaging(self.averaging)
+        check_module(self.param_groups, module)
         with self.averaged_parameters():
             return copied_state_dict(self.param_groups, module)
 

@@ -187,6 +187,29 @@ def test_without_names_the_module_must_be_given() -> None:
         optimizer.averaged_state_dict()
 
 
+def test_the_module_must_be_the_parameters(backend: str) -> None:
+    optimizer = FusedAdam(Model().parameters(), averaging=Averaging.ema(0.5))
+    with pytest.raises(TypeError, match=r"module must be a torch.nn.Module or None, got str"):
+        optimizer.averaged_state_dict("model")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"module must have parameters of this optimizer, got Model with none of them"):
+        optimizer.averaged_state_dict(Model())
+
+
+def test_the_first_average_is_a_copy_whatever_was_there() -> None:
+    param = nn.Parameter(torch.full((3,), torch.nan))
+    optimizer = FusedAdam([param], lr=0.1, averaging=Averaging.ema(0.5, start=1))
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[param]["average"].isnan().all()
+    with torch.no_grad():
+        param.fill_(1.0)
+    for entry in optimizer.state.values():
+        entry["exp_avg"].zero_()
+        entry["exp_avg_sq"].fill_(1.0)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["average"], param)
+
+
 def test_in_16_bits_the_body_sees_rounded_averages() -> None:
     param = nn.Parameter(torch.linspace(1, 2, 50, dtype=torch.bfloat16))
     optimizer = FusedAdam([param], lr=0.1, averaging=Averaging.ema(0.9))

@@ -147,7 +147,8 @@ def all_variants() -> list[Variant]:
         for param in ("float32", "bfloat16", "float64"):
             variants.append(Variant(target, "step_kernel", False, param, param, averages=True))
         variants.append(Variant(target, "step_kernel", False, num_states=3, averages=True))
-        variants.append(Variant(target, "step_kernel", False, num_states=0, averages=True, rule="SGD"))
+        for num_states in (0, 1):
+            variants.append(Variant(target, "step_kernel", False, num_states=num_states, averages=True, rule="SGD"))
         variants.append(Variant(target, "reevaluate_kernel", averages=True))
         for flag in (False, True):
             variants.append(Variant(target, "reevaluate_kernel", flag, ones=flag))

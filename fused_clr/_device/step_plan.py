@@ -84,10 +84,10 @@ class LaunchConfig(NamedTuple):
 
 
 # Chosen from the compiled code (`make audit`), since no GPU was available; to be replaced by measured choices.
-# cuda: 2,048 elements by 8 warps, 100 to 128 registers: 2 programs of 256 threads on a multiprocessor of sm_80, sm_90
-#   and sm_100. Each thread loads 128 bytes of p, g, m, v at once, so that 64 KiB are in flight on each multiprocessor:
-#   more than twice what each of an H200's 132 needs for 4.3 TB/s at a latency of 700 ns.
-# hip: as many threads, in 4 warps of 64: 4 programs by registers on gfx942.
+# cuda: 2,048 elements by 8 warps, 64 registers: 4 programs of 256 threads on a multiprocessor of sm_80, sm_90
+#   and sm_100. Each thread loads 128 bytes of p, g, m, v at once: up to 128 KiB are in flight on a multiprocessor,
+#   64 KiB in bfloat16: an H200 needs 23 KiB on each of its 132 for 4.3 TB/s at a latency of 700 ns.
+# hip: as many threads, in 4 warps of 64: 5 programs by registers on gfx942.
 CONFIGS = {"cuda": LaunchConfig(), "hip": LaunchConfig(num_warps=4, limits_registers=False)}
 
 
@@ -228,6 +228,21 @@ def evaluators(num_tensors: int, num_groups: int, config: LaunchConfig) -> int:
     return -(-(num_tensors + num_groups) // config.lanes)
 
 
+def at_once(launch: Launch, max_programs: int, config: LaunchConfig) -> int:
+    """How many programs of a launch run at the same time, at most ``max_programs``: more would only retire more often.
+
+    By the registers of the compiled code; ``max_programs`` where these are not known (AMD, the interpreter).
+    """
+    registers = getattr(launch.compiled, "n_regs", None)
+    if not registers or launch.device.type != "cuda" or torch.version.hip:
+        return max_programs
+    device: Any = torch.cuda.get_device_properties(launch.device)
+    # Of each thread, in eights.
+    warps = device.regs_per_multiprocessor // (-(-registers // 8) * 8 * 32)
+    warps = min(warps, device.max_threads_per_multi_processor // 32)
+    return min(max(warps // config.num_warps, 1) * device.multi_processor_count, max_programs)
+
+
 def make_step_launches(
     plan: StepPlan, tensor_table: Tensor, memory: DeviceMemory, config: LaunchConfig, **common: Any
 ) -> StepLaunches:
@@ -257,7 +272,7 @@ def make_step_launches(
         combination = chunk_range.combination
         launch = make_launch(
             step_kernel,
-            num_evaluators + min(max(chunk_range.num_chunks, chunk_range.num_idle_chunks), max_updaters),
+            1,
             config.step_options(combination.param_dtype, combination.num_states, common["HAS_AVERAGING"]),
             plan.device,
             **memory.step_arguments(),
@@ -275,7 +290,8 @@ def make_step_launches(
             BLOCK_SIZE=chunk_range.block_size,
             LANES=config.lanes,
         )
-        updates.append(launch)
+        num_updaters = min(max(chunk_range.num_chunks, chunk_range.num_idle_chunks), max_updaters)
+        updates.append(launch._replace(grid=num_evaluators + at_once(launch, num_updaters, config)))
     return StepLaunches(norm, updates)
 
 
@@ -288,10 +304,9 @@ def _norm_launch(
     generation: int,
     skip_if_nonfinite: bool,
 ) -> Launch:
-    return make_launch(
+    launch = make_launch(
         norm_kernel,
-        # Without gradients, one program still writes a norm of 0.
-        max(1, min(chunks.num_chunks, len(memory.partial_sums))),
+        1,
         config.options,
         plan.device,
         control_ptr=memory.control,
@@ -308,3 +323,6 @@ def _norm_launch(
         PARTIALS=PARTIALS,
         CLIP_EPS=CLIP_EPS,
     )
+    # Without gradients, one program still writes a norm of 0.
+    num_programs = max(1, min(chunks.num_chunks, len(memory.partial_sums)))
+    return launch._replace(grid=at_once(launch, num_programs, config))

@@ -80,7 +80,8 @@ class Device:
         monkeypatch.setattr(CompiledKernel, "__getitem__", lambda own, grid: lambda *given: self._run(own, grid, given))
         monkeypatch.setattr(state, "interpreted", lambda: True)
         cuda = SimpleNamespace(device=lambda device: contextlib.nullcontext(), current_device=lambda: None)
-        monkeypatch.setattr(launcher, "torch", SimpleNamespace(cuda=cuda))
+        monkeypatch.setattr(launcher, "torch", SimpleNamespace(cuda=cuda, Tensor=Tensor))
+        monkeypatch.setattr(launcher, "_start", lambda own: own.compiled[(own.grid, 1, 1)](*own.arguments))
         # Tests ask for small programs, which the interpreter does not divide into threads.
         construct = TritonEngine.__init__
 

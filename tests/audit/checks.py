@@ -13,6 +13,12 @@ from .variants import DTYPES, TARGETS, Kernels, Variant
 COEFFICIENT_CONVERSIONS = 1
 
 
+# Of a launch that retires: the one before the atomic, and those with which Triton hands its result to all threads.
+RETIRE_BARRIERS = 3
+# For an element of Adam without amsgrad, by dtype: with exact rounding, the look-up of the chunk included.
+MAX_INSTRUCTIONS = {"float32": 42, "bfloat16": 48, "float16": 48}
+
+
 class Result(NamedTuple):
     """A variant's reading and what is wrong with it.
 
@@ -46,6 +52,37 @@ def bytes_per_element(variant: Variant) -> tuple[int, int]:
     return param + grad + others, param + others + grad * variant.write_back_grads
 
 
+def min_programs(variant: Variant) -> int:
+    """Programs of an update that must fit on a multiprocessor."""
+    if TARGETS[variant.target].backend != "cuda":
+        return 4
+    if variant.param_dtype == "float64" and variant.rule == "ADAM":
+        return 2
+    return 4 - (variant.num_states > 2 or variant.averages or variant.write_back_grads)
+
+
+def lean_problems(variant: Variant, reading: Reading, elements: float) -> list[str]:
+    """Where an update needs more than it should.
+
+    Args:
+        variant: Of `step_kernel`.
+        reading: What was compiled.
+        elements: Of a whole chunk, for each thread.
+    """
+    problems = []
+    if reading.blocks < min_programs(variant):
+        problems.append(f"{reading.blocks} programs fit on a multiprocessor, not {min_programs(variant)}")
+    barriers = RETIRE_BARRIERS * variant.is_last
+    # Averages of 16-bit parameters change their layout on AMD.
+    if reading.barriers > barriers and not (variant.averages and TARGETS[variant.target].backend != "cuda"):
+        problems.append(f"{reading.barriers} block barriers, not {barriers}")
+    plain = variant.rule == "ADAM" and variant.num_states == 2 and not (variant.averages or variant.write_back_grads)
+    limit = MAX_INSTRUCTIONS.get(variant.param_dtype)
+    if plain and limit and reading.instructions / elements > limit:
+        problems.append(f"{reading.instructions / elements:.1f} instructions an element, more than {limit}")
+    return problems
+
+
 def read(kernels: Kernels, variant: Variant, compiled: Any) -> Reading:
     """The reading of a compiled variant."""
     if TARGETS[variant.target].backend == "cuda":
@@ -70,6 +107,9 @@ def audit(kernels: Kernels, variant: Variant) -> Result:
     bytes_per_access = WIDE_BYTES * variant.config.num_warps * TARGETS[variant.target].warp_size / variant.block_size
     loaded, stored = reading.wide_loads * bytes_per_access, reading.wide_stores * bytes_per_access
     expected = bytes_per_element(variant)
+    if variant.kernel == "step_kernel":
+        threads = variant.config.num_warps * TARGETS[variant.target].warp_size
+        problems += lean_problems(variant, reading, variant.block_size / threads)
     is_norm, is_cuda = variant.kernel == "norm_kernel", TARGETS[variant.target].backend == "cuda"
     # AMD's accesses are found by their lines in step.py.
     if is_cuda or not is_norm:

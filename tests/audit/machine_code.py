@@ -33,6 +33,8 @@ class Reading(NamedTuple):
         wide_loads: 128-bit loads a thread does in the path of whole, aligned chunks.
         wide_stores: Likewise.
         float64: Float64 arithmetic instructions; conversions are none.
+        barriers: Block barriers in the code, those of the retire protocol among them.
+        instructions: That a thread issues for a whole, aligned chunk, its look-up included; 0 if that is not known.
     """
 
     registers: int
@@ -41,10 +43,51 @@ class Reading(NamedTuple):
     wide_loads: int
     wide_stores: int
     float64: int
+    barriers: int
+    instructions: int
 
 
 def _run(tool: str, *arguments: str | Path) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def count_instructions(sass: str) -> int:
+    """Instructions on the shortest way through the loop over chunks, from its first 128-bit load back to that.
+
+    Only the way of whole, aligned chunks has such accesses. Slow paths are calls, which no other way makes.
+    """
+    rows: list[tuple[str, str, str]] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(rows)
+        elif row := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            rows.append((row[1] or "", row[2], row[3]))
+    following: list[list[int]] = []
+    for index, (guard, opcode, operands) in enumerate(rows):
+        target = re.search(r"`\((\.L_x_\d+)\)", operands)
+        jumps = opcode.startswith(("BRA", "CALL"))
+        is_conditional = bool(guard) or bool(re.match(r"\s*!?U?P\d", operands))
+        ends = (jumps or opcode.startswith(("EXIT", "RET"))) and not is_conditional
+        following.append([labels[target[1]]] if jumps and target else [])
+        following[-1] += [] if ends or index + 1 == len(rows) else [index + 1]
+
+    def distance(start: int, end: int) -> int:
+        reached, pending = {start: 0}, [start]
+        for index in pending:
+            for after in following[index]:
+                if after == end:
+                    return reached[index] + 1
+                if after not in reached:
+                    reached[after] = reached[index] + 1
+                    pending.append(after)
+        return 0
+
+    wide = [index for index, row in enumerate(rows) if re.match(r"(LDG|STG)\b.*\.128\b", row[1])]
+    if not wide:
+        return 0
+    way, back = distance(wide[0], wide[-1]), distance(wide[-1], wide[0])
+    return way + back if way and back else 0
 
 
 def read_cubin(cubin: bytes, num_warps: int) -> Reading:
@@ -67,6 +110,8 @@ def read_cubin(cubin: bytes, num_warps: int) -> Reading:
         wide_stores=sum(bool(re.fullmatch(r"STG\b.*\.128\b.*", opcode)) for opcode in opcodes),
         # Comparisons and minima too; F2F, I2F and F2I convert.
         float64=sum(bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX|SET)\b|MUFU\.\w+64H", opcode)) for opcode in opcodes),
+        barriers=sum(opcode.startswith("BAR.SYNC") for opcode in opcodes),
+        instructions=count_instructions(sass),
     )
 
 
@@ -112,4 +157,6 @@ def read_amdgcn(text: str, num_warps: int, access_lines: Container[int], call_li
         wide_loads=wide["load"],
         wide_stores=wide["store"],
         float64=float64,
+        barriers=len(re.findall(r"^\s+s_barrier\b", text, re.MULTILINE)),
+        instructions=0,
     )

@@ -81,6 +81,31 @@ BUGS = {
 }
 
 
+BUGS |= {
+    "ragged-chunks-in-one-part": Bug(
+        "step.py",
+        "        PART_SIZE: tl.constexpr = BLOCK_SIZE // 2\n        part_end = tl.minimum(remaining, BLOCK_SIZE)",
+        "        PART_SIZE: tl.constexpr = BLOCK_SIZE\n        part_end = tl.minimum(remaining, BLOCK_SIZE)",
+        ONE,
+        "block barriers, not 3",
+    ),
+    "roots-with-branches": Bug(
+        "adam.py",
+        "ratio = quotient(exp_avg, square_root(normal) * bias_correction2_rsqrt + eps)",
+        "ratio = tl.div_rn(exp_avg, tl.div_rn(tl.sqrt_rn(normal), bias_correction2_rsqrt) + eps)",
+        ONE,
+        "instructions an element, more than 42",
+    ),
+    "ragged-chunks-in-large-parts": Bug(
+        "step.py",
+        "        PART_SIZE: tl.constexpr = BLOCK_SIZE // 2\n        part_end = tl.minimum(remaining, BLOCK_SIZE)",
+        "        PART_SIZE: tl.constexpr = BLOCK_SIZE * 2\n        part_end = tl.minimum(remaining, BLOCK_SIZE)",
+        ONE,
+        "programs fit on a multiprocessor, not 4",
+    ),
+}
+
+
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_bug_is_found(tmp_path: Path, bug: Bug) -> None:
     done = audit(bug.match, changed_kernels(tmp_path, bug.old, bug.new, bug.file))

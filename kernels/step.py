@@ -86,12 +86,16 @@ def average_idle(
         COMPUTE_DTYPE: tl.constexpr = tl.float64 if PARAM_DTYPE == tl.float64 else tl.float32
         tensor_row_ptr = tensor_table_ptr + tensor_id * TENSOR_COLUMNS
         offset = (word & CHUNK_MASK) * BLOCK_SIZE
-        offsets = tl.arange(0, BLOCK_SIZE)
-        mask = offsets < tl.load(tensor_row_ptr + NUMEL) - offset
         param_ptr = to_pointer(tl.load(tensor_row_ptr + PARAM), offset, PARAM_DTYPE, 0)
-        param = tl.load(param_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
         average_ptr = to_pointer(tl.load(tensor_row_ptr + AVERAGE), offset, COMPUTE_DTYPE, 0)
-        average_elements(average_ptr, offsets, mask, param, weight)
+        # In parts as in ``update``.
+        PART_SIZE: tl.constexpr = BLOCK_SIZE // 2
+        part_end = tl.minimum(tl.load(tensor_row_ptr + NUMEL) - offset, BLOCK_SIZE).to(tl.int32)
+        for part in range(0, part_end, PART_SIZE):
+            offsets = part + tl.arange(0, PART_SIZE)
+            mask = offsets < part_end
+            param = tl.load(param_ptr + offsets, mask=mask).to(COMPUTE_DTYPE)
+            average_elements(average_ptr, offsets, mask, param, weight)
 
 
 @triton.jit

@@ -69,13 +69,10 @@ class LaunchConfig(NamedTuple):
         On CUDA, those that need more than 64 registers get a limit: for fewer, the compiler would spill.
         """
         options = self.options
-        if self.limits_registers and param_dtype == torch.float64:
-            options["maxnreg"] = 128
-        elif self.limits_registers and averages and num_states < 2:
-            # Their evaluators need more than their updaters.
-            options["maxnreg"] = 96
-        elif self.limits_registers and num_states + averages > 2:
-            options["maxnreg"] = 80
+        needs_more = num_states > 2 or averages or (num_states == 2 and param_dtype == torch.float64)
+        if self.limits_registers and needs_more:
+            # 80 are 3 programs on a multiprocessor, and 128 are 2.
+            options["maxnreg"] = 128 if param_dtype == torch.float64 or num_states < 2 else 80
         return options
 
     def for_warp_size(self, warp_size: int) -> LaunchConfig:

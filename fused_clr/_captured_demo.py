@@ -75,7 +75,7 @@ def _run(make_pair: Any, model: nn.Module, batches: Sequence[tuple[Tensor, Tenso
         optimizer.step()
         return loss.detach()
 
-    graph, loss = None, torch.zeros(())
+    graph, loss = None, torch.zeros((), dtype=torch.float32, device=inputs.device)
     applied, losses = [], []
     side = None
     if inputs.is_cuda:

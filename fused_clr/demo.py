@@ -54,6 +54,8 @@ STEPS_PER_BLOCK = 50
 def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed: int) -> None:
     """Runs all parts, writes their pictures into ``out`` and prints a table of the results.
 
+    On the CPU with one thread: several would wait for each other longer than such small models take.
+
     Args:
         out: Folder of the pictures; made when missing.
         device: The device of the parameters.
@@ -63,6 +65,8 @@ def run(out: Path, device: torch.device, schedule_epochs: int, epochs: int, seed
     """
     # First: a folder that cannot be made is no news for the end.
     out.mkdir(parents=True, exist_ok=True)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     curve, curve_difference = classic_curve(schedule_epochs * CLASSIC_EPOCH)
     figure = plotting.schedule_figure(curve, None, f"The classic example: triangular2 over {len(curve):,} steps")
     plotting.save(figure, out / "classic.png")

@@ -16,7 +16,7 @@ read_grad = attrgetter("grad")
 
 
 class ParametersMovedError(Exception):
-    """A parameter moved to another device, or its shard changed shape: sort the parameters by device again."""
+    """A parameter has another device or became float64, or its shard another shape: new engines are needed."""
 
 
 class Parameters:

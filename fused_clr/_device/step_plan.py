@@ -237,7 +237,8 @@ def at_once(launch: Launch, max_programs: int, config: LaunchConfig) -> int:
     # Of each thread, in eights.
     warps = device.regs_per_multiprocessor // (-(-registers // 8) * 8 * 32)
     warps = min(warps, device.max_threads_per_multi_processor // 32)
-    return min(max(warps // config.num_warps, 1) * device.multi_processor_count, max_programs)
+    programs: int = max(warps // config.num_warps, 1) * device.multi_processor_count
+    return min(programs, max_programs)
 
 
 def make_step_launches(

@@ -17,7 +17,7 @@ from .chunks import cut_into_chunks
 from .engine import CLIP_EPS, Engine, EngineSetup
 from .launch import Launch
 from .moments import Moments
-from .parameters import Parameters
+from .parameters import Parameters, ParametersMovedError
 from .plan_cache import PlanCache
 from .schedule_tables import encode_schedules
 from .settings import GroupSettings
@@ -115,6 +115,11 @@ class TritonEngine(Engine):
         self.parameters.check(grads, self._options.write_back_grads)
         active = [index for index, grad in enumerate(grads) if grad is not None]
         idle = self.moments.check_all(active)
+        if not self.state.has_float64:
+            dtypes = [real_dtype(self.parameters.tensors[index].dtype) for index in active + idle]
+            if torch.float64 in dtypes:
+                # Launches so far, captured ones too, write no scalars for it.
+                raise ParametersMovedError
         missing = self.moments.missing(active)
         if missing:
             self.state.refuse_capture(f"the state of {self.parameters.names(missing)} would be created")

@@ -75,7 +75,7 @@ class CapturedTraining(Base):  # type: ignore[misc]
         model.train()
         if num_items_in_batch is not None:
             # As a number it would need a graph for each of its values.
-            num_items_in_batch = torch.as_tensor(num_items_in_batch)
+            num_items_in_batch = torch.as_tensor(num_items_in_batch, dtype=torch.int64, device="cpu")
         loss: Tensor
         (loss, self._captured_norm), _ = step(dict(inputs), num_items_in_batch)
         return loss

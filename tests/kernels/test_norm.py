@@ -85,4 +85,4 @@ def test_several_devices_clip_and_skip_together(monkeypatch: pytest.MonkeyPatch)
 
 
 def _on_cpu(engine: type) -> object:
-    return lambda _, *rest: engine(torch.device("cpu"), *rest)
+    return lambda setup: engine(setup._replace(device=torch.device("cpu")))

@@ -13,7 +13,9 @@ from tests.cases import CYCLES, IN_TURN, SCHEDULES, OptimizerCase, ScheduleCase,
 from tests.helpers.emulated_graph import EmulatedGraph, capture
 from tests.helpers.pairs import (
     Pair,
+    all_equal,
     assert_same_params,
+    copies,
     gradients,
     make_both,
     make_pair,
@@ -112,6 +114,28 @@ def test_one_launch_per_dtype() -> None:
     before = pair.optimizer.status().schedule_step
     graph.replay()
     assert pair.optimizer.status().schedule_step == before + 1
+
+
+def test_a_parameter_that_becomes_float64_ends_earlier_captures() -> None:
+    """Their evaluators write no float64 scalars, which the parameter's next update would read."""
+    ours, theirs = make_both()
+    for pair in (ours, theirs):
+        rewrite_gradients(pair, 0)
+    graph = record_step(ours)
+    step(theirs)
+    # Ours casts the moments by itself.
+    moments = theirs.optimizer.state[theirs.params[3]]
+    moments.update({key: moments[key].double() for key in ("exp_avg", "exp_avg_sq")})
+    for pair in (ours, theirs):
+        pair.params[3].data = pair.params[3].data.double()
+        for number in range(1, 4):
+            for param, gradient in zip(pair.params, gradients(pair.params, number), strict=True):
+                param.grad = gradient
+            step(pair)
+    assert_same_params(ours, theirs, 1e-5, 1e-6)
+    before = copies(ours.params)
+    graph.replay()
+    assert all_equal(ours.params, before)
 
 
 # -- set on the device -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .layout import (
     ENTRY_STEP,
     GROUP,
     HISTORY_COLUMNS,
+    MAX_RULE_SCALARS,
     NEXT_LR,
     NEXT_MOMENTUM,
     OVERRUN,
@@ -179,7 +180,7 @@ def evaluate(
         store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_AVERAGE_WEIGHT, weight, is_tensor, HAS_FLOAT64)
 
     scalars = SCALARS(lr, momentum, weight_decay, (update_step + 1).to(tl.float64), group_row_ptr + RULE_COLUMNS)
-    tl.static_assert(len(scalars) <= SCALAR_COLUMNS - RULE_SCALARS, "a rule has too many scalars")
+    tl.static_assert(len(scalars) <= MAX_RULE_SCALARS, "a rule has too many scalars")
     grad_sign = tl.load(group_row_ptr + GRAD_SIGN)
     store_scalar(scalars_ptr, scalars_float64_ptr, row + SCALAR_GRAD_SIGN, grad_sign, is_tensor, HAS_FLOAT64)
     for i in tl.static_range(len(scalars)):

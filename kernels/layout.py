@@ -53,6 +53,8 @@ FLOAT64 = tl.constexpr(8)
 SCALAR_GRAD_SIGN = tl.constexpr(0)
 SCALAR_AVERAGE_WEIGHT = tl.constexpr(1)
 RULE_SCALARS = tl.constexpr(2)
+MAX_RULE_SCALARS = tl.constexpr(7)
+# A row begins where 64 bytes do.
 SCALAR_COLUMNS = tl.constexpr(16)
 
 # Rows of the live values, float64[LIVE_ROWS, num_groups]: what the last step applied, and the next one will apply.

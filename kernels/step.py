@@ -19,6 +19,7 @@ from .layout import (
     GENERATION,
     GRAD,
     GRAD_NORM,
+    MAX_RULE_SCALARS,
     NUMEL,
     OVERFLOW,
     PARAM,
@@ -218,8 +219,8 @@ def update(
     scalar_row_ptr = scalars_ptr + (slot * num_tensors + tensor_id) * SCALAR_COLUMNS
     grad_sign = tl.load(scalar_row_ptr + SCALAR_GRAD_SIGN)
     scalars = ()
-    for i in tl.static_range(RULE_SCALARS, SCALAR_COLUMNS):
-        scalars = scalars + (tl.load(scalar_row_ptr + i),)
+    for i in tl.static_range(MAX_RULE_SCALARS):
+        scalars = scalars + (tl.load(scalar_row_ptr + RULE_SCALARS + i),)
     average = ()
     if HAS_AVERAGING:
         average = (tensor_row_ptr + AVERAGE, scalar_row_ptr + SCALAR_AVERAGE_WEIGHT)

@@ -16,7 +16,7 @@ from fused_clr import FusedAdam
 from fused_clr._device.chunks import CHUNK_BITS, block_size_of, chunk_words
 from fused_clr.kernels import layout
 from fused_clr.kernels.adam import adam_update
-from fused_clr.kernels.layout import AVERAGE, RULE_SCALARS, SCALAR_COLUMNS
+from fused_clr.kernels.layout import AVERAGE, MAX_RULE_SCALARS, RULE_SCALARS, SCALAR_COLUMNS
 from fused_clr.kernels.step import update, update_chunk
 from tests.helpers.many_programs import (
     BLOCK_SIZE,
@@ -103,8 +103,8 @@ def one_chunk_kernel(
     addresses, scalars = (), ()
     for i in tl.static_range(4):
         addresses += (tl.load(tensor_table_ptr + i),)
-    for i in tl.static_range(RULE_SCALARS, SCALAR_COLUMNS):
-        scalars += (tl.load(scalars_ptr + i),)
+    for i in tl.static_range(MAX_RULE_SCALARS):
+        scalars += (tl.load(scalars_ptr + RULE_SCALARS + i),)
     average = (tensor_table_ptr + AVERAGE, scalars_ptr)
     update_chunk(
         addresses,

@@ -259,7 +259,7 @@ def through_torch(pair: Pair, **options: Any) -> Any:
     ],
     ids=["state_dict", "torch", "pickle", "deepcopy"],
 )
-@by_averaging
+@pytest.mark.parametrize("averaging", [AVERAGINGS["swa"], AVERAGINGS["ema-every-2"]], ids=["swa", "ema-every-2"])
 def test_resumed(averaging: Averaging, resume: Any) -> None:
     ours = make_pair(True, averaging=averaging)
     run(ours, Peer(ours.params, averaging), range(PERIOD + 2))

@@ -21,7 +21,7 @@ SHAPES = ((3,), (63,), (5, 5), (), (0,), (700,))
 def test_clipped_steps_equal_torch(
     optimizer_case: OptimizerCase, max_norm: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = LaunchConfig(block_size=64, num_warps=4, lanes=4, programs_per_multiprocessor=2)
+    config = LaunchConfig(block_size=128, num_warps=4, lanes=4, programs_per_multiprocessor=2)
     monkeypatch.setattr(TritonEngine, "config", config)
     ours = make_pair(True, shapes=SHAPES, optimizer_case=optimizer_case, max_grad_norm=max_norm)
     theirs = make_pair(False, shapes=SHAPES, optimizer_case=optimizer_case)

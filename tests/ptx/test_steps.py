@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from fused_clr import Averaging, FusedAdam, schedules, testing
-from fused_clr._device.step_plan import LaunchConfig, config_for_device
+from fused_clr._device.chunks import block_size_of
+from fused_clr._device.step_plan import CONFIGS, LaunchConfig, config_for_device
 from fused_clr._device.triton import TritonEngine
 from fused_clr.kernels import layout
 from tests.cases import ADAM, OPTIMIZERS, SCHEDULES, OptimizerCase, ScheduleCase, by_rows, covering
@@ -28,7 +29,7 @@ from tests.helpers.pairs import (
 from tests.helpers.schedules import CYCLIC, once, shape_segments
 from tests.helpers.tolerances import AFTER_STEPS, SCHEDULED
 from tests.parity.test_parity import Run, torch_run
-from tests.ptx.device import Device
+from tests.ptx.device import Device, adapted
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("device")]
 
@@ -346,6 +347,14 @@ def test_a_replay_of_another_generation_changes_nothing() -> None:
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True))
     assert pair.optimizer.status().stale_replay
+
+
+def test_no_element_has_two_threads() -> None:
+    """In what users get: of two threads, one would store what the other loads."""
+    for config in (*CONFIGS.values(), SMALL):
+        threads = 32 * adapted(config).num_warps if config is SMALL else 32 * config.num_warps
+        for dtype in (torch.float32, torch.float64):
+            assert block_size_of(dtype, config.block_size) // 2 >= threads
 
 
 # -- averages ----------------------------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ class LaunchConfig(NamedTuple):
     """How kernels are compiled and how large their grid is.
 
     Attributes:
-        block_size: Elements of a chunk; half of it for float64 parameters. Ragged chunks are updated in halves: with fewer
-            elements there than threads, the compiler gives an element to several threads.
+        block_size: Elements of a chunk; half of it for float64 parameters. Ragged chunks are updated in halves: where
+            these have fewer elements than threads, the compiler gives an element to several threads.
         num_warps: Warps of a program.
         lanes: Lanes of an evaluator; no more than a program's threads, which would otherwise do float64 work twice.
         programs_per_multiprocessor: Updaters per multiprocessor. Each loops over its chunks: with a program per chunk,

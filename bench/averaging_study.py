@@ -8,11 +8,8 @@ their equal average at the cycles' ends (SWA), and their exponential average (EM
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
 from importlib import resources
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bench.report import as_table
+from bench.report import as_table, run_study
 from fused_clr import Averaging, FusedAdam, demo
 from fused_clr.schedules import Cyclic
 
@@ -145,16 +142,7 @@ def tables(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Runs, and writes averaging-study.json and .md."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "averaging-study"
-    text = json.dumps(measure(options.seeds))
-    path.with_suffix(".json").write_text(text + "\n")
-    path.with_suffix(".md").write_text(tables(json.loads(text)))
+    run_study(__doc__.splitlines()[0], "averaging-study", 10, measure, tables)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,8 @@ And one run whose cycles double in length, beside separate runs of the lengths a
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
@@ -21,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from bench.report import as_table
+from bench.report import as_table, run_study
 from fused_clr import FusedAdam, demo, plotting, suggest_step_size
 from fused_clr.schedules import Constant, Cosine, CosineRestarts, Cyclic, OneCycle, Schedule
 
@@ -185,17 +182,7 @@ def figure(results: dict[str, Any]) -> Any:
 
 def main() -> None:
     """Runs, and writes cyclical-claim.json, .md and .png."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "cyclical-claim"
-    text = json.dumps(measure(options.seeds))
-    path.with_suffix(".json").write_text(text + "\n")
-    results = json.loads(text)
-    path.with_suffix(".md").write_text(tables(results))
+    path, results = run_study(__doc__.splitlines()[0], "cyclical-claim", 20, measure, tables)
     plotting.save(figure(results), path.with_suffix(".png"))
 
 

@@ -15,9 +15,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 QUANTILES = (20, 50, 80)
 ROOT = Path(__file__).parents[1]
@@ -168,6 +170,35 @@ def plot_ratios(content: dict[str, Any], path: Path) -> None:
     axes.grid(axis="x", which="both", alpha=0.25)
     picture.legend(loc="outside right upper", fontsize="small")
     picture.savefig(path, dpi=120)
+
+
+def run_study(
+    description: str, name: str, seeds: int, measure: Callable[[int], Any], as_page: Callable[[Any], str]
+) -> tuple[Path, Any]:
+    """The command of a study: measures, and writes ``name``.json and .md into ``--out``.
+
+    Args:
+        description: Of the command.
+        name: Of the files.
+        seeds: How many, unless ``--seeds`` says.
+        measure: From the number of seeds, the results.
+        as_page: From the results, the page.
+
+    Returns:
+        The path of the files, without suffix; the results, as JSON has them.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / name
+    text = json.dumps(measure(options.seeds))
+    results = json.loads(text)
+    path.with_suffix(".json").write_text(text + "\n")
+    path.with_suffix(".md").write_text(as_page(results))
+    return path, results
 
 
 def main() -> int:

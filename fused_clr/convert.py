@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from ._checks import check_bool
 from ._device.moments import AVERAGE
 from ._device.rules import UpdateRule
-from ._host.hyperparameters import N_AVERAGED, OWN_KEYS, check_options, check_schedule_step
+from ._host.hyperparameters import N_AVERAGED, OWN_KEYS, check_count, check_options
 from ._host.optimizer import FusedOptimizer
 from .optim import FusedAdam, FusedAdamW, FusedSGD, StepOptions
 from .scheduler import CyclicLR, FusedScheduler
@@ -89,7 +89,7 @@ def fuse(
     if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
         raise ValueError(f"optimizer.step was replaced by {function_name(own_step)!r}, which cannot be converted")
 
-    step = check_schedule_step("scheduler.last_epoch", scheduler.last_epoch)
+    step = check_count("scheduler.last_epoch", scheduler.last_epoch)
     schedules = read_schedules("scheduler", scheduler, optimizer.param_groups, total_steps)
     fused_class: Any = OPTIMIZERS[type(optimizer)]
     rule: UpdateRule = fused_class.RULE

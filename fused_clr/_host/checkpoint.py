@@ -20,10 +20,9 @@ from ..schedules import Schedule
 from .hyperparameters import (
     MAX_SCHEDULE_STEP,
     N_AVERAGED,
+    check_count,
     check_has_decay_schedule,
     check_hyperparameter,
-    check_n_averaged,
-    check_schedule_step,
 )
 from .param_group import ParamGroup
 
@@ -174,7 +173,7 @@ def check(saved: Any, groups: Sequence[ParamGroup], rule: UpdateRule, has_averag
             raise ValueError(f"{name} has {len(group['params'])} parameters, the optimizer {len(params)}")
         values = {key: value for key, value in group.items() if key not in ("params", "schedule")}
         if has_averages:
-            average_counts.append(check_n_averaged(f"{name}[{N_AVERAGED!r}]", values.pop(N_AVERAGED, 0)))
+            average_counts.append(check_count(f"{name}[{N_AVERAGED!r}]", values.pop(N_AVERAGED, 0)))
         if values.get("weight_decay_schedule") is not None:
             key = "weight_decay_schedule"
             values[key] = _decode(f"{name}[{key!r}]", values[key], own.weight_decay_schedule)
@@ -265,7 +264,7 @@ def _check_schedule(name: str, saved: Any, present: Schedule | None) -> tuple[Sc
     if not isinstance(saved, Mapping) or not set(Clock._fields) <= set(saved):
         raise ValueError(f"{name} is not a saved schedule, with {Clock._fields}, got {saved!r}")
     clock = Clock(
-        check_schedule_step(f"{name}['step']", saved["step"]),
+        check_count(f"{name}['step']", saved["step"]),
         check_number(f"{name}['momentum']", saved["momentum"], "a finite number >= 0", lambda x: 0 <= x < math.inf),
         check_bool(f"{name}['is_ahead']", saved["is_ahead"]),
         check_integer(f"{name}['updates']", saved["updates"], "an integer >= 0", lambda n: n >= 0),

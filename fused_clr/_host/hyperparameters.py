@@ -159,24 +159,8 @@ def _checked_betas(value: Any) -> tuple[Any, Any]:
     )
 
 
-def check_n_averaged(name: str, count: Any) -> int:
-    """Checks how often the parameters of a group were averaged.
-
-    Args:
-        name: Its name in error messages.
-        count: The value.
-
-    Returns:
-        int in [0, 2**53].
-
-    Raises:
-        ValueError: It is anything else.
-    """
-    return check_integer(name, count, "an integer in [0, 2**53]", lambda n: 0 <= n <= 2**53)
-
-
-def check_schedule_step(name: str, step: Any) -> int:
-    """Checks a schedule step.
+def check_count(name: str, step: Any) -> int:
+    """Checks a schedule step, or how often a group was averaged.
 
     Args:
         name: Its name in error messages.

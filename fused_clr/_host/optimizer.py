@@ -32,12 +32,11 @@ from .hyperparameters import (
     MAX_SCHEDULE_STEP,
     N_AVERAGED,
     OWN_KEYS,
+    check_count,
     check_has_decay_schedule,
     check_hyperparameter,
     check_max_grad_norm,
-    check_n_averaged,
     check_options,
-    check_schedule_step,
 )
 from .param_group import ParamGroup
 from .watched import OptimizerState
@@ -544,7 +543,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def write_n_averaged(self, group: ParamGroup, count: Any) -> None:
         """``group["n_averaged"] = count``."""
-        count, index = check_n_averaged(N_AVERAGED, count), self._index_of(group)
+        count, index = check_count(N_AVERAGED, count), self._index_of(group)
         if index is None:
             group.store(N_AVERAGED, count)
             return
@@ -622,7 +621,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: ``step`` is outside that.
         """
-        self._set_schedule_step(check_schedule_step("step", step))
+        self._set_schedule_step(check_count("step", step))
 
     def _set_schedule_step(self, step: int, is_ahead: bool = False) -> None:
         """Sets the schedule step; ``is_ahead``: `optimizer.step` has been called, and not yet ``scheduler.step``."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 from typing_extensions import Self
 
-from .._host.hyperparameters import check_schedule_step
+from .._host.hyperparameters import check_count
 from .._host.optimizer import FusedOptimizer
 from .._torch_internals import uncompiled
 from .._warnings import warn
@@ -182,7 +182,7 @@ class FusedScheduler(LRScheduler, ABC):
         """
         optimizer = self._fused
         if epoch is not None:
-            epoch = check_schedule_step("epoch", epoch)
+            epoch = check_count("epoch", epoch)
             # Torch's CosineAnnealingWarmRestarts does not deprecate it.
             if self.TORCH.step is LRScheduler.step:
                 warn(EPOCH_DEPRECATION_WARNING)
@@ -240,7 +240,7 @@ class FusedScheduler(LRScheduler, ABC):
         """
         optimizer, present = self._fused, self.schedules
         check_frame("state_dict", state_dict, type(self).__name__, self.NEEDED_KEYS)
-        last_epoch = check_schedule_step("state_dict['last_epoch']", state_dict["last_epoch"])
+        last_epoch = check_count("state_dict['last_epoch']", state_dict["last_epoch"])
         schedules = self.unpack("state_dict", state_dict, optimizer.param_groups[: len(present)], present)
         step, is_ahead = state_dict.get("schedule_step", (-1, False))
         if max(step - is_ahead, 0) != last_epoch or step < 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_bool, check_integer
-from .._host.hyperparameters import MAX_SCHEDULE_STEP, check_schedule_step
+from .._host.hyperparameters import MAX_SCHEDULE_STEP, check_count
 from .._host.optimizer import FusedOptimizer
 from .._host.param_group import ParamGroup
 from ..schedules import Cosine, OneCycle, Schedule
@@ -123,7 +123,7 @@ def check_frame(name: str, state: Any, kind: str, needed_keys: frozenset[str]) -
         pair = state["schedule_step"]
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"{name}['schedule_step'] must be a pair, got {pair!r}")
-        check_schedule_step(f"{name}['schedule_step'][0]", pair[0])
+        check_count(f"{name}['schedule_step'][0]", pair[0])
         check_bool(f"{name}['schedule_step'][1]", pair[1])
 
 

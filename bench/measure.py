@@ -56,9 +56,9 @@ class Rounds:
         self.stepper = capture(stepper, device) if captured else stepper
         self._waits = run.mode != "host" or device.type == "cpu"
         # Torch's own clock waits for the device.
-        clock = {} if self._waits else {"timer": timeit.default_timer}
+        clock: dict[str, Any] = {} if self._waits else {"timer": timeit.default_timer}
         threads, names = torch.get_num_threads(), {"step": self.stepper.step}
-        self._timer = Timer("step()", globals=names, num_threads=threads, **clock)  # type: ignore[arg-type]
+        self._timer = Timer("step()", globals=names, num_threads=threads, **clock)
         with self.stepper.context():
             for _ in range(WARM_UP_STEPS):
                 self.stepper.step()

@@ -108,7 +108,9 @@ def uncompiled(function: Function) -> Function:
 
     `torch.compiler.disable` would import torch._dynamo at once, which takes as long as importing torch.
     """
-    disabled: Function = torch._disable_dynamo(function)  # type: ignore[assignment, attr-defined]
+    # Torch declares no type for it.
+    private: Any = torch
+    disabled: Function = private._disable_dynamo(function)
     return disabled
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._host.optimizer import FusedOptimizer
 
 
+# accelerate has no types.
 class ReportingOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
     """accelerate's wrapper of a fused optimizer, which asks the optimizer whether the last step was skipped."""
 

@@ -93,11 +93,12 @@ class CapturedTraining(Callback):
         options = dict(self._options)
         if isinstance(trainer.strategy, DDPStrategy):
             options.setdefault("num_warmup_iters", DDP_WARMUP)
-        loop = trainer.fit_loop.epoch_loop.automatic_optimization
+        # Any: its method is replaced.
+        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
         run = loop.run
         self._step = FrameworkStep(self._make_step(run, pl_module, optimizer), pl_module, optimizer, options)
         self._loop = loop
-        loop.run = self._make_run(trainer, pl_module)  # type: ignore[method-assign]
+        loop.run = self._make_run(trainer, pl_module)
 
     def _make_step(self, run: Callable[..., Any], module: LightningModule, optimizer: Any) -> Callable[..., Any]:
         metrics = [part for part in module.modules() if isinstance(part, Metric)]
@@ -168,6 +169,7 @@ def _refusal(trainer: Trainer, module: LightningModule) -> str | None:
         )
     if len(trainer.optimizers) != 1:
         return f"it has {len(trainer.optimizers)} optimizers; use manual optimization and fused_clr.GraphedStep"
+    # The Trainer sets it without declaring it.
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     accumulates = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
     if trainer.accumulate_grad_batches != 1 or any(c.going_to_accumulate_grad_batches() for c in accumulates):
@@ -210,6 +212,7 @@ def _recorded_logs(module: LightningModule, records: list[Logged]) -> Iterator[N
             )
         records.append(Logged(module._current_fx_name or "training_step", name, value.detach().clone(), args, options))
 
+    # The method is back when this one is removed.
     module.log = log  # type: ignore[method-assign]
     try:
         yield
@@ -223,12 +226,16 @@ def _changing_numbers() -> Iterator[None]:
     names = ("current_epoch", "global_step")
     kept = {name: vars(LightningModule)[name] for name in names}
     for name in names:
-        setattr(LightningModule, name, property(lambda module, name=name: _refuse(name)))  # type: ignore[misc]
+        setattr(LightningModule, name, _refused(name))
     try:
         yield
     finally:
         for name, value in kept.items():
             setattr(LightningModule, name, value)
+
+
+def _refused(name: str) -> property:
+    return property(lambda module: _refuse(name))
 
 
 def _refuse(name: str) -> Any:

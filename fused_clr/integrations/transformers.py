@@ -13,10 +13,13 @@ from ._step import FrameworkStep, check_optimizer
 from .accelerate import report_skips
 
 # A mix-in: for the type checker alone it is a Trainer.
-Base: Any = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
 
 
-class CapturedTraining(Base):  # type: ignore[misc]
+class CapturedTraining(Base):
     """Mix-in that captures the training step of a `transformers.Trainer`; `CapturedTrainer` is the ready class.
 
     Put it before the Trainer: ``class MyTrainer(CapturedTraining, SFTTrainer): ...``. Forward, backward, clipping, loss
@@ -132,7 +135,9 @@ class CapturedTraining(Base):  # type: ignore[misc]
             return (
                 f"distributed type {self.accelerator.distributed_type.value}; only one device and DDP can be captured"
             )
-        if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("preserve_rng_state", True):
+        # A string has become a dict by now.
+        checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+        if args.gradient_checkpointing and checkpointing.get("preserve_rng_state", True):
             return (
                 "gradient_checkpointing reads the random state of the device, which a capture forbids; give it "
                 'gradient_checkpointing_kwargs={"preserve_rng_state": False} if the model draws no random numbers'

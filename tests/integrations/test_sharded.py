@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,37 @@ def test_zero_equals_torch_in_one_process(ranks: Ranks, backend: str, tmp_path: 
         assert lrs == [[schedule.lr(step + 1)] for step in range(STEPS)]
         for name, value in results.items():
             torch.testing.assert_close(value, wanted[name], rtol=tolerance.rtol, atol=tolerance.atol)
+
+
+def run_zero_averaged() -> tuple[int, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """How often the own parameters were averaged; each value in the body, and the mean of those at cycles' ends."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = make_model()
+    parallel = DistributedDataParallel(model)
+    averaged = functools.partial(FusedAdam, averaging=Averaging.swa())
+    schedule = schedules.Cyclic(**CYCLE)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=averaged, schedule=schedule)
+    own = [param for group in optimizer.optim.param_groups for param in group["params"]]
+    stored = []
+    for step, batch in enumerate(batches(17)):
+        optimizer.zero_grad()
+        loss_of(parallel, own_half(batch)).backward()
+        optimizer.step()
+        if schedule.ends_cycle(step):
+            stored.append([param.detach().clone() for param in own])
+    with optimizer.optim.averaged_parameters():
+        seen = [param.detach().clone() for param in own]
+    means = [(first + second) / 2 for first, second in zip(*stored, strict=True)]
+    return optimizer.optim.n_averaged[0], list(zip(seen, means, strict=True))
+
+
+def test_zero_averages_the_parameters_of_each_process(ranks: Ranks, backend: str) -> None:
+    for count, pairs in ranks.run(run_zero_averaged):
+        assert count == 2
+        assert pairs
+        for average, mean in pairs:
+            torch.testing.assert_close(average, mean, rtol=1e-6, atol=1e-6)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
